@@ -1,0 +1,1 @@
+"""What is run or submitted: the command line and the jobs behind it."""

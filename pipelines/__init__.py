@@ -1,0 +1,1 @@
+"""Ray Data pipelines: datasets in, datasets out."""
