@@ -1,0 +1,479 @@
+"""Shards: pictures and what is known of them, in WebDataset tar files with a manifest beside them.
+
+A dataset is a folder, local or remote (`s3://bucket/name`), of shards and one `manifest.json`. An
+HR shard holds `KEY.png|jpg|webp` and `KEY.json` for every sample, a pair shard `KEY.hr.png`,
+`KEY.lr.png` and `KEY.json`. Encoded bytes travel untouched. Equal samples give equal shards, byte
+for byte; a shard or a manifest is visible whole or not at all; and a reader is told of anything
+that is missing or out of place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tarfile
+import tempfile
+import unicodedata
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import Field
+from webdataset.tariterators import base_plus_ext
+from webdataset.writer import TarWriter
+
+import teasr
+from teasr.config import Settings
+from teasr.errors import TeasrError, UsageError
+
+Kind = Literal["hr", "pairs"]
+
+MANIFEST_NAME = "manifest.json"
+SHARD_PICTURES = ("png", "jpg", "webp")
+"""The picture formats that shards carry, as member suffixes."""
+
+# A ustar header has 100 bytes for a name; longer ones would need headers that not every reader
+# knows. 80 leave room for the suffix, 64 also for what `synthesize` appends to a key.
+KEY_BYTES = 80
+SAFE_KEY_BYTES = 64
+
+_SUFFIX = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
+_PARTIAL = ".partial"
+_COPY_BYTES = 1 << 20
+
+
+class BadKey(TeasrError):  # noqa: N818 - named as `images.BadPicture` is
+    """A sample key that cannot be a file name in a shard; the message shows the key."""
+
+
+class BadShard(TeasrError):  # noqa: N818 - named as `images.BadPicture` is
+    """A shard that is cut short, or whose members are not whole samples; names shard and key."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: `members` maps a suffix ('png', 'hr.png', 'json') to encoded bytes."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+class ShardInfo(Settings):
+    """What a manifest says of one shard.
+
+    Attributes:
+        name: file name in the dataset's folder.
+        samples: how many samples it holds.
+        bytes: size of the file.
+        sha256: hash of the file, in hexadecimal.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(Settings):
+    """What a dataset is made of.
+
+    Attributes:
+        kind: 'hr' for pictures, 'pairs' for LR/HR pairs.
+        shards: the shards that hold samples, in order of their names.
+        quarantined: how many samples were left out, by reason.
+        preset, seed: of the degradation, for pairs.
+        scale: how many times larger HR is than LR along a side, for pairs.
+        parent: fingerprint of the dataset that this one was made from.
+        options: the other settings of the job that wrote it, for the record.
+        versions: of the libraries that wrote it, for the record.
+    """
+
+    kind: Kind
+    shards: tuple[ShardInfo, ...]
+    quarantined: dict[str, int] = Field(default_factory=dict)
+    preset: str | None = None
+    seed: int | None = None
+    scale: int | None = None
+    parent: str | None = None
+    options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """The dataset's name: a sha256 over kind, shards (name, sha256), preset, seed and parent.
+
+        Neither time nor library versions nor the place take part, so that equal data has an equal
+        fingerprint wherever and whenever it was made.
+        """
+        return content_hash(
+            {
+                "kind": self.kind,
+                "shards": [[shard.name, shard.sha256] for shard in self.shards],
+                "preset": self.preset,
+                "seed": self.seed,
+                "parent": self.parent,
+            }
+        )
+
+
+def content_hash(value: Any) -> str:
+    """sha256, in hexadecimal, of the canonical JSON of `value` (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a dataset's bytes."""
+    names = ("numpy", "pillow", "opencv-python-headless", "albumentations", "webdataset")
+    versions = {"teasr": teasr.__version__}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+# ---------------------------------------------------------------- places
+
+
+def absolute_url(url: str) -> str:
+    """`url` such that every process reads it alike: local folders become absolute paths.
+
+    Raises:
+        UsageError: for a protocol that is unknown or whose driver is not installed.
+    """
+    filesystem, path = _open_place(url)
+    if _is_local(filesystem):
+        return os.path.abspath(path)  # noqa: PTH100 - `Path.resolve` would follow links as well
+    return url_of(filesystem, path)
+
+
+def url_of(filesystem: Any, path: str) -> str:
+    """The URL of `path` on an fsspec `filesystem`; of a local one, the path itself."""
+    return path if _is_local(filesystem) else str(filesystem.unstrip_protocol(path))
+
+
+def join_url(folder: str, name: str) -> str:
+    """The URL of `name` in `folder`."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Put `data` at `url`, whole or not at all.
+
+    Raises:
+        TeasrError: when it cannot be written, for instance because the disk is full.
+    """
+    with _atomic_file(url) as stream:
+        stream.write(data)
+
+
+def remove_partials(folder: str) -> None:
+    """Remove what writers that were killed left in the local folder `folder`."""
+    filesystem, path = _open_place(folder)
+    if _is_local(filesystem):
+        for left in Path(path).glob(f".*{_PARTIAL}"):
+            left.unlink(missing_ok=True)
+
+
+def _open_place(url: str) -> tuple[Any, str]:
+    try:
+        filesystem, path = url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UsageError(
+            f"'{url}' cannot be opened: {error}.",
+            "Give a folder, or a URL whose fsspec driver is installed (s3fs for s3://).",
+        ) from None
+    return filesystem, path
+
+
+def _is_local(filesystem: Any) -> bool:
+    return isinstance(filesystem, LocalFileSystem)
+
+
+@contextlib.contextmanager
+def _atomic_file(url: str) -> Iterator[IO[bytes]]:
+    """A file to write that appears at `url` when the block ends well, and never otherwise.
+
+    Locally it is written aside in the same folder, flushed to the disk and renamed; for a remote
+    place it is written to a temporary file and uploaded whole.
+    """
+    filesystem, path = _open_place(url)
+    aside: Path | None = None
+    try:
+        if _is_local(filesystem):
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
+            with aside.open("xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.replace(target)
+        else:
+            handle, name = tempfile.mkstemp(suffix=_PARTIAL)
+            aside = Path(name)
+            with os.fdopen(handle, "wb") as stream:
+                yield stream
+            parent = path.rpartition("/")[0]
+            if parent:
+                filesystem.makedirs(parent, exist_ok=True)
+            filesystem.put_file(name, path)
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise TeasrError(
+            f"Cannot write {url}: {reason}.",
+            "Make room or give another place, and run the same command again.",
+        ) from None
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that would not survive as a file name in a shard.
+
+    WebDataset splits a member's name at its first dot; a separator would make folders of keys.
+
+    Raises:
+        BadKey: showing the key and what is wrong with it.
+    """
+    problem = ""
+    if not key:
+        problem = "it is empty"
+    elif "." in key:
+        problem = "it has a dot"
+    elif "/" in key or "\\" in key:
+        problem = "it has a path separator"
+    elif any(unicodedata.category(character).startswith("C") for character in key):
+        problem = "it has a control character or one that cannot be encoded"
+    elif len(key.encode()) > KEY_BYTES:
+        problem = f"it has {len(key.encode())} bytes"
+    if problem:
+        raise BadKey(
+            f"The key {key!r} cannot be used: {problem}.",
+            f"Keys are letters, digits, '-' and '_', up to {KEY_BYTES} bytes.",
+        )
+
+
+def safe_key(text: str) -> str:
+    """A key made of `text`, such as a relative path without its suffix.
+
+    Accents are dropped and everything but ASCII letters, digits, '-' and '_' becomes '_', so
+    different texts may give one key: the caller settles collisions. At most 64 bytes.
+    """
+    plain = unicodedata.normalize("NFKD", text)
+    plain = "".join(character for character in plain if not unicodedata.combining(character))
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", plain)[:SAFE_KEY_BYTES] or "_"
+
+
+def _problem_of_members(members: Iterable[str]) -> str:
+    """Why these member suffixes are not one sample, or an empty text."""
+    names = set(members)
+    if "json" not in names:
+        return "has no .json member"
+    pictures = names - {"json"}
+    roles = sorted(name.rpartition(".")[0] for name in pictures)
+    if not all(name.rpartition(".")[2] in SHARD_PICTURES for name in pictures):
+        return f"has unknown members ({', '.join(sorted(names))})"
+    if roles not in ([""], ["hr", "lr"]):
+        return f"is neither a picture nor an LR/HR pair (members: {', '.join(sorted(names))})"
+    return ""
+
+
+# ---------------------------------------------------------------- shards
+
+
+@dataclass
+class _HashedStream:
+    """Passes bytes on to `target` and keeps their count and hash."""
+
+    target: IO[bytes]
+    size: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def write(self, data: bytes) -> int:
+        self.target.write(data)
+        self.size += len(data)
+        self.digest.update(data)
+        return len(data)
+
+
+def write_shard(url: str, samples: Iterable[Sample]) -> ShardInfo:
+    """Write `samples`, in their order, as one shard; one sample is in memory at a time.
+
+    Members are sorted by suffix; times, owners and modes are fixed. On any exception, also one
+    that `samples` raises, what was at `url` before is unchanged and nothing else is left behind.
+
+    Raises:
+        BadKey, BadShard: for a key that cannot be used or is there twice, or members that are
+            not a sample.
+        TeasrError: when the shard cannot be written, for instance because the disk is full.
+    """
+    name = url.rstrip("/").rpartition("/")[2]
+    keys: set[str] = set()
+    with _atomic_file(url) as file:
+        stream = _HashedStream(file)
+        with TarWriter(stream, encoder=False, mtime=0, user="teasr", group="teasr") as tar:
+            for sample in samples:
+                check_key(sample.key)
+                if sample.key in keys:
+                    raise BadShard(f"Shard {name}: the key '{sample.key}' is there twice.")
+                if problem := _problem_of_members(sample.members):
+                    raise BadShard(f"Shard {name}: the sample '{sample.key}' {problem}.")
+                keys.add(sample.key)
+                tar.write({"__key__": sample.key, **sample.members})
+    return ShardInfo(
+        name=name, samples=len(keys), bytes=stream.size, sha256=stream.digest.hexdigest()
+    )
+
+
+def read_shard(url: str) -> Iterator[Sample]:
+    """The samples of a shard, in order, one in memory at a time.
+
+    Raises:
+        BadShard: when the tar is cut short or damaged, a sample's members are incomplete or not
+            adjacent, a key is there twice, or a member is no file of a sample.
+        TeasrError: when there is no such shard or it cannot be read.
+    """
+    name = url.rstrip("/").rpartition("/")[2]
+    filesystem, path = _open_place(url)
+    keys: set[str] = set()
+    current: Sample | None = None
+    last = ""
+    try:
+        with filesystem.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                last = member.name
+                key, suffix = base_plus_ext(member.name)
+                if key is None or not member.isreg() or not _SUFFIX.fullmatch(suffix):
+                    raise BadShard(f"Shard {name}: '{member.name}' is no file of a sample.")
+                if current is None or key != current.key:
+                    if current is not None:
+                        yield _whole(name, current)
+                    check_key(key)
+                    if key in keys:
+                        raise BadShard(
+                            f"Shard {name}: the key '{key}' is there twice, or its members are "
+                            "not adjacent."
+                        )
+                    keys.add(key)
+                    current = Sample(key, {})
+                if suffix in current.members:
+                    raise BadShard(f"Shard {name}: '{member.name}' is there twice.")
+                extracted = tar.extractfile(member)
+                assert extracted is not None  # a regular file, see above
+                current.members[suffix] = extracted.read()
+            _check_end(name, last, file, tar.offset)
+    except BadKey as error:
+        raise BadShard(f"Shard {name}: {error}") from None
+    except (tarfile.TarError, EOFError) as error:
+        where = f" after '{last}'" if last else ""
+        raise BadShard(
+            f"Shard {name} is cut short or damaged{where}: {error}.",
+            "Delete it and run the command that made it again.",
+        ) from None
+    except FileNotFoundError:
+        raise TeasrError(f"There is no shard {url}.") from None
+    except OSError as error:
+        raise TeasrError(f"Cannot read {url}: {error.strerror or error}.") from None
+    if current is not None:
+        yield _whole(name, current)
+
+
+def _whole(name: str, sample: Sample) -> Sample:
+    if problem := _problem_of_members(sample.members):
+        raise BadShard(f"Shard {name}: the sample '{sample.key}' {problem}.")
+    return sample
+
+
+def _check_end(name: str, last: str, file: IO[bytes], offset: int) -> None:
+    """Require the end mark: `tarfile` takes a lost tail or a damaged header for the end.
+
+    The end of a tar is at least two empty blocks of 512 bytes, and nothing after them.
+    """
+    file.seek(offset)
+    size = 0
+    while block := file.read(_COPY_BYTES):
+        size += len(block)
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("an unreadable header")
+    if size < 1024:
+        raise tarfile.ReadError("the end mark is missing")
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    """Write `manifest.json` into `folder`, whole or not at all: this makes it a dataset."""
+    data = {
+        **manifest.model_dump(mode="json"),
+        "samples": manifest.samples,
+        "bytes": manifest.bytes,
+        "fingerprint": manifest.fingerprint,
+    }
+    write_bytes(join_url(folder, MANIFEST_NAME), json.dumps(data, indent=2).encode() + b"\n")
+
+
+def read_manifest(url: str, kind: Kind | None = None) -> Manifest:
+    """The manifest of the dataset at `url`, a folder or its `manifest.json`.
+
+    Raises:
+        UsageError: when there is no manifest, it is not one, it was changed by hand, or the
+            dataset is not of the `kind` that is asked for.
+    """
+    folder = url.removesuffix(MANIFEST_NAME).rstrip("/") or "/"
+    filesystem, path = _open_place(join_url(folder, MANIFEST_NAME))
+    try:
+        data = json.loads(filesystem.cat_file(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"{folder} is not a dataset: it has no {MANIFEST_NAME}.",
+            "Make one with `teasr ingest`, or run the command that was writing it again.",
+        ) from None
+    except OSError as error:
+        raise TeasrError(f"Cannot read {folder}/{MANIFEST_NAME}: {error}.") from None
+    except ValueError:
+        data = None
+    if not isinstance(data, Mapping):
+        raise UsageError(
+            f"{folder}/{MANIFEST_NAME} is not a manifest: a JSON object is expected.",
+            "Delete it and run the command that made the dataset again.",
+        )
+    derived = ("samples", "bytes", "fingerprint")
+    fields = {name: value for name, value in data.items() if name not in derived}
+    manifest = Manifest.from_mapping(fields, f"{folder}/{MANIFEST_NAME}")
+    if data.get("fingerprint") != manifest.fingerprint:
+        raise UsageError(
+            f"{folder}/{MANIFEST_NAME} does not match its fingerprint: it was changed by hand.",
+            "Delete it and run the command that made the dataset again.",
+        )
+    if kind is not None and manifest.kind != kind:
+        words = {"hr": "HR pictures", "pairs": "LR/HR pairs"}
+        made_by = {"hr": "ingest", "pairs": "synthesize"}
+        raise UsageError(
+            f"{folder} holds {words[manifest.kind]}; {words[kind]} are needed.",
+            f"Give a dataset made by `teasr {made_by[kind]}`.",
+        )
+    return manifest
