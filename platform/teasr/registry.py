@@ -1,0 +1,854 @@
+"""Versions of models, what is live, and the record of how it became so. Over MLflow's registry.
+
+A version's weights are safetensors and JSON inside a pyfunc model that is text (no pickle). Aliases
+say what a version is: `challenger`, `champion`, `previous`. The registry forgets what was live, so
+every promotion, refusal and rollback is a run of its own in the experiment `teasr-promotions`.
+
+MLflow takes seconds to import and is imported on use only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import yaml
+
+from teasr.backbones.folder import DESCRIPTION_FILE, WEIGHTS_FILE, built_in_models
+from teasr.errors import TeasrError, UsageError
+from teasr.evaluation import Evaluation, summary_rows
+from teasr.gate import GateSettings, Verdict, decide
+from teasr.tracking import connect, experiment_id, git_commit, home, store_exists
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import Model, ModelSignature
+
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+PREVIOUS = "previous"
+PROMOTIONS = "teasr-promotions"
+EVALUATION_FILE = "evaluation.json"
+
+_LOADER = "mlflow.pyfunc.loaders.code_model"
+_REQUIRED = (
+    "mlflow",
+    "torch",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "pyyaml",
+    "pillow",
+    "opencv-python-headless",
+)
+
+Action = Literal["promote", "rollback"]
+State = Literal["done", "refused", "interrupted", "unfinished"]
+
+
+@dataclass
+class Record:
+    """One promotion, refusal or rollback.
+
+    Attributes:
+        version: that became champion, or would have.
+        replaced: the champion until then; None for the first.
+        verdict: `passed`, `refused`, or `none` for a rollback, which asks no gate.
+        at: UTC, ISO 8601.
+        run_id: of the run that holds `verdict.json` and `verdict.md`.
+        state: `done`; `refused`; `interrupted` before anything changed; `unfinished`: under way, or
+            cut off so recently that no later promotion or rollback has settled it.
+    """
+
+    model: str
+    version: int
+    replaced: int | None
+    action: Action
+    verdict: str
+    by: str
+    at: str
+    run_id: str
+    state: State
+
+
+@dataclass
+class Promotion:
+    """Outcome of `promote` or `rollback`.
+
+    Attributes:
+        promoted: the champion is now `version`. False when the gate refused, or for a dry run.
+        replaced: the champion before; None for the first.
+        verdict: the gate's; None for a rollback.
+        record: id of the promotion record's run; None for a dry run.
+    """
+
+    model: str
+    version: int
+    replaced: int | None
+    promoted: bool
+    verdict: Verdict | None
+    record: str | None
+
+
+@dataclass
+class VersionDetails:
+    """Where a version came from.
+
+    Attributes:
+        aliases: such as `champion`.
+        run_id: of the training.
+        dataset, benchmark: fingerprints.
+        tags: the version's other tags that teasr wrote (`recipe`, ...).
+        metrics: means by system, then metric; empty without an evaluation.
+        created: UTC, ISO 8601.
+    """
+
+    model: str
+    version: int
+    aliases: list[str]
+    run_id: str
+    dataset: str | None
+    benchmark: str | None
+    commit: str | None
+    recipe: str | None
+    created: str
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- models in
+
+
+def signature() -> ModelSignature:
+    """One row per picture: `image` in base64 becomes `image`, `width`, `height`, `version`.
+
+    The restored `image` is a PNG in base64. Parameters: `steps`, `seed`, `tile` as in
+    `RestorationSettings`.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    from teasr.restoration import RestorationSettings
+
+    known = RestorationSettings.model_fields
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "image"),
+                ColSpec(DataType.long, "width"),
+                ColSpec(DataType.long, "height"),
+                ColSpec(DataType.string, "version"),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec(name, DataType.long, known[name].default)
+                for name in ("steps", "seed", "tile")
+            ]
+        ),
+    )
+
+
+def log_model(client: MlflowClient, run_id: str, folder: Path, name: str = "model") -> str:
+    """Log the weights in `folder` as a model of the run, with all code that serving needs.
+
+    Args:
+        folder: with `model.safetensors` and `model.json`.
+        name: of the logged model, shown in MLflow's pages.
+
+    Returns:
+        The model's URI, `models:/m-...`.
+
+    Raises:
+        UsageError: when `folder` holds no model.
+    """
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    _check_weights(folder)
+    # Not `mlflow.pyfunc.log_model`, which puts models into the process's active experiment, by
+    # default a folder `mlruns` in the current one, whatever experiment the run belongs to.
+    logged = client.create_logged_model(
+        client.get_run(run_id).info.experiment_id,
+        name,
+        source_run_id=run_id,
+        tags={"teasr.sha256": weights_sha256(folder)},
+    )
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            description = Model(run_id=run_id, model_id=logged.model_id)
+            save_model(folder, Path(temporary) / "model", mlflow_model=description)
+            client.log_model_artifacts(logged.model_id, f"{temporary}/model")
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return f"models:/{logged.model_id}"
+
+
+def save_model(folder: Path, destination: Path, mlflow_model: Model | None = None) -> None:
+    """Write the weights in `folder` as an MLflow model at `destination`, which must not exist.
+
+    Args:
+        mlflow_model: what MLflow shall note about it; default: nothing.
+
+    Raises:
+        UsageError: when `folder` holds no model.
+    """
+    import mlflow
+
+    _check_weights(folder)
+    package = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        # An input example would have MLflow run the model, to guess the signature that we state.
+        warnings.simplefilter("ignore", UserWarning)
+        # Without the built-in models: each version would carry them all.
+        code = Path(temporary) / package.name
+        shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__", "weights"))
+        mlflow.pyfunc.save_model(
+            path=str(destination),
+            python_model=str(package / "serving_model.py"),
+            artifacts={name: str(folder / name) for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
+            code_paths=[str(code)],
+            signature=signature(),
+            pip_requirements=_requirements(),
+            mlflow_model=mlflow_model,
+        )
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the weights and of their description, which decides how they are read."""
+    total = hashlib.sha256()
+    for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def store_evaluation(client: MlflowClient, run_id: str, evaluation: Evaluation) -> None:
+    """Put `evaluation.json`, `evaluation.csv` and the means (`eval/1_step/psnr_y`) into the run."""
+    client.log_text(run_id, evaluation.to_csv(), "evaluation.csv")
+    for system, means in summary_rows(evaluation):
+        for metric, value in means.items():
+            if value is not None:
+                client.log_metric(run_id, f"eval/{system.replace(' ', '_')}/{metric}", value)
+    client.log_text(run_id, evaluation.to_json(), EVALUATION_FILE)
+
+
+def register(
+    client: MlflowClient,
+    run_id: str,
+    model_uri: str,
+    name: str,
+    evaluation: Evaluation,
+    tags: Mapping[str, str | None],
+) -> int:
+    """Make the logged model the next version of `name` and its `challenger`.
+
+    Registering the same model again returns the version that it has: an interrupted call is
+    repeated.
+
+    Args:
+        model_uri: from `log_model`.
+        evaluation: stored in the run, where `promote` finds it.
+        tags: `dataset` (fingerprint), `recipe` (path), `commit`, ...; stored as `teasr.KEY`. None
+            is left out. `benchmark` is taken from the evaluation, `commit` defaults to the code's.
+
+    Returns:
+        The version.
+
+    Raises:
+        UsageError: for an unknown model URI or a name that no `models:/` URI can hold.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UsageError(
+            f"'{name}' cannot be a model's name.", "Use letters, digits, '.', '_' and '-'."
+        )
+    logged = _logged_model(client, model_uri)
+    store_evaluation(client, run_id, evaluation)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    given = {"commit": git_commit(), "sha256": logged.tags.get("teasr.sha256"), **tags}
+    given["benchmark"] = evaluation.benchmark
+    all_tags = {f"teasr.{key}": value for key, value in given.items() if value is not None}
+    # MLflow's databases keep no model id with a version: the source tells.
+    source = f"models:/{logged.model_id}"
+    version = next((v for v in _versions(client, name) if v.source == source), None)
+    if version is None:
+        version = client.create_model_version(
+            name,
+            source=source,
+            run_id=run_id,
+            tags=all_tags,
+            model_id=logged.model_id,
+        )
+    else:
+        for key, value in all_tags.items():
+            client.set_model_version_tag(name, str(version.version), key, value)
+    client.set_registered_model_alias(name, CHALLENGER, str(version.version))
+    return int(version.version)
+
+
+# ---------------------------------------------------------------- models out
+
+
+def resolve(model: str, client: MlflowClient | None = None) -> Path:
+    """The folder of `model`'s weights (`model.safetensors`, `model.json`) on this machine.
+
+    Args:
+        model: a folder of weights or of an MLflow model; a built-in model by name (which wins over
+            a folder of that name: write `./NAME` for the folder); `models:/NAME@ALIAS`,
+            `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/NAME`.
+        client: default `connect()`, when MLflow is needed at all.
+
+    Raises:
+        UsageError: for what does not exist, with what does.
+        TeasrError: for a model that is not safetensors and JSON, or changed since it was logged.
+    """
+    return checked_weights(find(model, client))
+
+
+def describe(model: str, client: MlflowClient | None = None) -> str:
+    """`model` for people: `teasr version 3`, `teasr-s (built in)`, or the folder."""
+    return find(model, client).label
+
+
+@dataclass
+class Found:
+    """A model's whereabouts.
+
+    Attributes:
+        label: for people, `teasr version 3`.
+        location: a folder, or the URI of a remote artifact folder.
+        sha256: the `weights_sha256` noted when the model was logged, outside the artifact store.
+    """
+
+    label: str
+    location: str
+    sha256: str | None = None
+
+    def fetch(self) -> Path:
+        """The folder on this machine; a remote one is downloaded once, into `home()`."""
+        if urlsplit(self.location).scheme in ("", "file"):
+            return _local_path(self.location)
+        import mlflow
+
+        # MLflow never writes a logged model twice, so its location names its content.
+        target = home() / "downloads" / hashlib.sha256(self.location.encode()).hexdigest()[:16]
+        if not target.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+                whole = mlflow.artifacts.download_artifacts(self.location, dst_path=aside)
+                with contextlib.suppress(OSError):  # another process was first
+                    Path(whole).rename(target)
+        return target
+
+
+def find(model: str, client: MlflowClient | None = None) -> Found:
+    """Look `model` up without downloading it. Arguments and errors as of `resolve`."""
+    if model.startswith("models:/"):
+        return _find_version(client or connect(), model)
+    if model.startswith("runs:/"):
+        client = client or connect()
+        logged = _logged_model(client, model)
+        return Found(f"{logged.name} of run {logged.source_run_id}", *_whereabouts(logged))
+    built_in = built_in_models()
+    if model in built_in:
+        return Found(f"{model} (built in)", str(built_in[model]))
+    if Path(model).is_dir():
+        return Found(model, str(Path(model)))
+    raise UsageError(f"There is no model '{model}'.", _what_exists(client))
+
+
+def checked_weights(found: Found) -> Path:
+    """The weights of `found` on this machine, compared with what was noted when they were logged.
+
+    Raises:
+        TeasrError: for a model that is not safetensors and JSON, or changed since it was logged.
+    """
+    weights = model_weights(found.fetch())
+    if found.sha256 and weights_sha256(weights) != found.sha256:
+        raise TeasrError(
+            f"The weights of {found.label} are not those that were logged.",
+            f"Their sha256 was {found.sha256}. Register a model that is whole.",
+        )
+    return weights
+
+
+def version_details(client: MlflowClient, name: str, version: int) -> VersionDetails:
+    """Where version `version` of `name` came from (`UsageError` when there is none)."""
+    found = _version(client, name, version)
+    tags = {
+        key.removeprefix("teasr."): value
+        for key, value in found.tags.items()
+        if key.startswith("teasr.")
+    }
+    noted_benchmark = tags.pop("benchmark", None)
+    evaluation = _evaluation_of(client, found)  # may have been made anew since
+    return VersionDetails(
+        model=name,
+        version=version,
+        aliases=sorted(alias for alias, held in _aliases(client, name).items() if held == version),
+        run_id=found.run_id or "",
+        dataset=tags.pop("dataset", None),
+        benchmark=evaluation.benchmark if evaluation else noted_benchmark,
+        commit=tags.pop("commit", None),
+        recipe=tags.pop("recipe", None),
+        created=_iso(found.creation_timestamp),
+        tags=tags,
+        metrics=dict(summary_rows(evaluation)) if evaluation else {},
+    )
+
+
+def list_versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
+    """Aliases by version, newest version first (`UsageError` for an unknown model)."""
+    aliases = _aliases(client, name)
+    versions = sorted((int(v.version) for v in _versions(client, name)), reverse=True)
+    return {v: sorted(alias for alias, held in aliases.items() if held == v) for v in versions}
+
+
+# ---------------------------------------------------------------- what is live
+
+
+def promote(
+    client: MlflowClient,
+    name: str,
+    version: int | None = None,
+    gate: GateSettings | None = None,
+    dry_run: bool = False,
+    by: str | None = None,
+) -> Promotion:
+    """Ask the gate, and make `version` the champion when it passes. Recorded either way.
+
+    The record is written first, as a run that is still RUNNING. Moving the alias `champion` is the
+    one step that counts: cut off before it, nothing has changed; after it, the promotion is done
+    and only its tail is missing (`previous`, the record's end), which the next `promote` or
+    `rollback` writes.
+
+    Args:
+        version: default: the `challenger`.
+        gate: default: `GateSettings()`.
+        dry_run: ask the gate and write nothing.
+        by: who promotes; default: the user of this process.
+
+    Raises:
+        UsageError: unknown model or version, no challenger, or the champion already.
+        TeasrError: when a version has no evaluation, or the champion changed meanwhile.
+    """
+    aliases = _aliases(client, name)
+    if not dry_run:
+        _settle(client, name, aliases)
+    if version is None:
+        if CHALLENGER not in aliases:
+            raise UsageError(f"'{name}' has no challenger.", _versions_for_people(client, name))
+        version = aliases[CHALLENGER]
+    candidate = _version(client, name, version)
+    champion = aliases.get(CHAMPION)
+    if version == champion:
+        raise UsageError(
+            f"Version {version} of '{name}' is the champion.", _versions_for_people(client, name)
+        )
+    opponent = None
+    if champion is not None:
+        opponent = _required_evaluation(client, _version(client, name, champion))
+    verdict = decide(_required_evaluation(client, candidate), opponent, gate or GateSettings())
+    outcome = Promotion(name, version, champion, False, verdict, None)
+    if dry_run:
+        return outcome
+    record = outcome.record = _open_record(client, outcome, "promote", by)
+    if verdict.passed:
+        _move_champion(client, outcome, record)
+    client.set_terminated(record, "FINISHED")
+    return outcome
+
+
+def rollback(
+    client: MlflowClient,
+    name: str,
+    to: int | None = None,
+    dry_run: bool = False,
+    by: str | None = None,
+) -> Promotion:
+    """Make the `previous` champion (or version `to`) the champion again; no gate is asked.
+
+    Recorded, and safe to interrupt, as `promote`. A second rollback undoes the first.
+
+    Raises:
+        UsageError: unknown model or version, or nothing to go back to.
+    """
+    aliases = _aliases(client, name)
+    aliases = _settle(client, name, aliases, write=not dry_run)
+    version = aliases.get(PREVIOUS) if to is None else to
+    champion = aliases.get(CHAMPION)
+    if version is None or champion is None:
+        raise UsageError(
+            f"'{name}' has no previous champion to go back to.", _versions_for_people(client, name)
+        )
+    _version(client, name, version)
+    if version == champion:
+        raise UsageError(
+            f"Version {version} of '{name}' is the champion.", _versions_for_people(client, name)
+        )
+    outcome = Promotion(name, version, champion, False, None, None)
+    if dry_run:
+        return outcome
+    record = outcome.record = _open_record(client, outcome, "rollback", by)
+    _move_champion(client, outcome, record)
+    client.set_terminated(record, "FINISHED")
+    return outcome
+
+
+def history(client: MlflowClient, name: str) -> list[Record]:
+    """Every promotion, refusal and rollback of `name`, newest first.
+
+    Raises:
+        UsageError: for an unknown model.
+    """
+    _aliases(client, name)
+    return [_record(run) for run in _record_runs(client, name)]
+
+
+def champion_version(client: MlflowClient, name: str) -> int | None:
+    """The version that is live, or None (`UsageError` for an unknown model)."""
+    return _aliases(client, name).get(CHAMPION)
+
+
+# ---------------------------------------------------------------- records
+
+
+def _open_record(client: MlflowClient, outcome: Promotion, action: Action, by: str | None) -> str:
+    verdict = outcome.verdict
+    tags = {
+        "teasr.model": outcome.model,
+        "teasr.version": str(outcome.version),
+        "teasr.replaced": "" if outcome.replaced is None else str(outcome.replaced),
+        "teasr.verdict": "none" if verdict is None else "passed" if verdict.passed else "refused",
+        "teasr.by": by or _user(),
+        "teasr.action": action,
+        "teasr.at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    run = client.create_run(
+        experiment_id(client, PROMOTIONS),
+        tags=tags,
+        run_name=f"{action} {outcome.model} version {outcome.version}",
+    )
+    run_id = str(run.info.run_id)
+    if verdict is not None:
+        client.log_text(run_id, verdict.to_json(), "verdict.json")
+        client.log_text(run_id, verdict.to_markdown(), "verdict.md")
+    return run_id
+
+
+def _move_champion(client: MlflowClient, outcome: Promotion, record: str) -> None:
+    name = outcome.model
+    if champion_version(client, name) != outcome.replaced:
+        client.set_terminated(record, "KILLED")
+        raise TeasrError(
+            f"The champion of '{name}' changed meanwhile; nothing was done.", "Run it again."
+        )
+    client.set_registered_model_alias(name, CHAMPION, str(outcome.version))
+    if outcome.replaced is not None:
+        client.set_registered_model_alias(name, PREVIOUS, str(outcome.replaced))
+    outcome.promoted = True
+
+
+def _settle(
+    client: MlflowClient, name: str, aliases: dict[str, int], write: bool = True
+) -> dict[str, int]:
+    """Finish what an interrupted promotion or rollback left; returns the aliases as they then are.
+
+    The alias `champion` tells whether it was done: its record names the version it was to be.
+    """
+    runs = [run for run in _record_runs(client, name) if run.info.status == "RUNNING"]
+    for run in reversed(runs):
+        record = _record(run)
+        done = record.verdict != "refused" and aliases.get(CHAMPION) == record.version
+        if done and record.replaced is not None:
+            aliases = {**aliases, PREVIOUS: record.replaced}
+            if write:
+                client.set_registered_model_alias(name, PREVIOUS, str(record.replaced))
+        if write:
+            finished = done or record.verdict == "refused"
+            client.set_terminated(record.run_id, "FINISHED" if finished else "KILLED")
+    return aliases
+
+
+def _record_runs(client: MlflowClient, name: str) -> list[Run]:
+    """The record runs of `name`, newest first."""
+    experiment = client.get_experiment_by_name(PROMOTIONS)
+    if experiment is None:
+        return []
+    runs: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment.experiment_id],
+            filter_string=f"tags.`teasr.model` = '{name}'",
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _record(run: Run) -> Record:
+    tags = run.data.tags
+    states: dict[str, State] = {"FINISHED": "done", "RUNNING": "unfinished"}
+    state = states.get(run.info.status, "interrupted")
+    if state == "done" and tags["teasr.verdict"] == "refused":
+        state = "refused"
+    return Record(
+        model=tags["teasr.model"],
+        version=int(tags["teasr.version"]),
+        replaced=int(tags["teasr.replaced"]) if tags["teasr.replaced"] else None,
+        action="rollback" if tags["teasr.action"] == "rollback" else "promote",
+        verdict=tags["teasr.verdict"],
+        by=tags["teasr.by"],
+        at=tags["teasr.at"],
+        run_id=run.info.run_id,
+        state=state,
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"
+
+
+# ---------------------------------------------------------------- versions and evaluations
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UsageError(f"No model '{name}' is registered.", _registered(client)) from None
+    return {alias: int(version) for alias, version in found.aliases.items()}
+
+
+def _version(client: MlflowClient, name: str, version: int) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise UsageError(
+            f"'{name}' has no version {version}.", _versions_for_people(client, name)
+        ) from None
+
+
+def _versions(client: MlflowClient, name: str) -> Iterator[ModelVersion]:
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _versions_for_people(client: MlflowClient, name: str) -> str:
+    shown = [
+        f"{version} ({', '.join(aliases)})" if aliases else str(version)
+        for version, aliases in list_versions(client, name).items()
+    ]
+    return f"Versions: {', '.join(shown[:20]) or 'none'}."
+
+
+def _registered(client: MlflowClient) -> str:
+    shown = []
+    for model in client.search_registered_models(max_results=50):
+        aliases = [f"@{alias} = {version}" for alias, version in sorted(model.aliases.items())]
+        shown.append(f"{model.name} ({', '.join(aliases)})" if aliases else model.name)
+    return f"Registered: {', '.join(shown) or 'none'}."
+
+
+def _what_exists(client: MlflowClient | None) -> str:
+    built_in = f"Built in: {', '.join(built_in_models()) or 'none'}."
+    registered = "Registered: none."
+    if client or store_exists():  # asking must not create one
+        try:
+            registered = _registered(client or connect())
+        except TeasrError as error:
+            registered = str(error)
+    return f"{built_in} {registered} Or give a folder, models:/NAME@ALIAS or models:/NAME/VERSION."
+
+
+def _evaluation_of(client: MlflowClient, version: ModelVersion) -> Evaluation | None:
+    from mlflow.exceptions import MlflowException
+
+    if not version.run_id:
+        return None
+    try:
+        present = {file.path for file in client.list_artifacts(version.run_id)}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None  # the run was purged
+    if EVALUATION_FILE not in present:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = client.download_artifacts(version.run_id, EVALUATION_FILE, folder)
+        return Evaluation.from_json(Path(path).read_text())
+
+
+def _required_evaluation(client: MlflowClient, version: ModelVersion) -> Evaluation:
+    evaluation = _evaluation_of(client, version)
+    if evaluation is None:
+        raise TeasrError(
+            f"Version {version.version} of '{version.name}' has no evaluation to judge by.",
+            f"Evaluate models:/{version.name}/{version.version} first.",
+        )
+    return evaluation
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _requirements() -> list[str]:
+    """The installed versions of what serving imports, without local builds (`+cpu`)."""
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIRED]
+
+
+def _check_weights(folder: Path) -> None:
+    missing = [name for name in (WEIGHTS_FILE, DESCRIPTION_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} holds no model.", f"{' and '.join(missing)} are missing.")
+
+
+def model_weights(folder: Path) -> Path:
+    """The weights inside `folder`, which holds them itself or is an MLflow model of ours.
+
+    Raises:
+        UsageError: when it is neither.
+        TeasrError: for an MLflow model of another kind: only safetensors and JSON are read.
+    """
+    if not (folder / "MLmodel").is_file():
+        _check_weights(folder)
+        return folder
+    try:
+        flavors = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]
+        pyfunc = flavors["python_function"]
+        loader = pyfunc["loader_module"]
+        weights = (folder / pyfunc["artifacts"][WEIGHTS_FILE]["path"]).resolve().parent
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        raise _not_ours(folder) from None
+    if set(flavors) != {"python_function"} or loader != _LOADER or "python_model" in pyfunc:
+        raise _not_ours(folder)
+    if not weights.is_relative_to(folder.resolve()) or not weights.is_dir():
+        raise _not_ours(folder)
+    strangers = sorted(
+        path.name
+        for path in (*weights.iterdir(), *folder.glob("*.pkl"))
+        if path.name not in (WEIGHTS_FILE, DESCRIPTION_FILE)
+    )
+    if strangers:
+        raise TeasrError(
+            f"{folder} holds files that teasr does not put into a model: {', '.join(strangers)}.",
+            "Weights are read from safetensors and JSON only.",
+        )
+    _check_weights(weights)
+    return weights
+
+
+def _not_ours(folder: Path) -> TeasrError:
+    return TeasrError(
+        f"{folder} is an MLflow model of another kind.",
+        "Only models logged by teasr are read: safetensors and JSON, never a pickle.",
+    )
+
+
+def _local_path(location: str) -> Path:
+    parts = urlsplit(location)
+    return Path(url2pathname(parts.path) if parts.scheme == "file" else location)
+
+
+def _find_version(client: MlflowClient, uri: str) -> Found:
+    name, _, rest = uri.removeprefix("models:/").strip("/").partition("/")
+    name, _, alias = name.partition("@")
+    if not rest and not alias:
+        if name.startswith("m-"):
+            logged = _logged_model(client, uri)
+            return Found(f"{logged.name} of run {logged.source_run_id}", *_whereabouts(logged))
+        raise UsageError(
+            f"'{uri}' names no version.",
+            f"Write models:/{name}@ALIAS or models:/{name}/VERSION. "
+            f"{_versions_for_people(client, name)}",
+        )
+    aliases = _aliases(client, name)
+    if alias:
+        if rest or alias not in aliases:
+            raise UsageError(
+                f"'{name}' has no alias '{alias}'.", _versions_for_people(client, name)
+            )
+        rest = str(aliases[alias])
+    if not rest.isdigit():
+        raise UsageError(f"'{rest}' is not a version.", _versions_for_people(client, name))
+    version = _version(client, name, int(rest))
+    label = f"{name} version {version.version}"
+    if version.source and version.source.startswith("models:/m-"):
+        return Found(label, *_whereabouts(_logged_model(client, version.source)))
+    return Found(label, client.get_model_version_download_uri(name, rest))
+
+
+def _whereabouts(logged: Any) -> tuple[str, str | None]:
+    return logged.artifact_location, logged.tags.get("teasr.sha256")
+
+
+def _logged_model(client: MlflowClient, uri: str) -> Any:
+    """The `LoggedModel` of `models:/m-...` or `runs:/RUN/NAME`."""
+    from mlflow.exceptions import MlflowException
+
+    scheme, _, rest = uri.partition(":/")
+    try:
+        if scheme == "models":
+            return client.get_logged_model(rest.strip("/"))
+        run_id, _, name = rest.strip("/").partition("/")
+        run = client.get_run(run_id)
+        outputs = run.outputs.model_outputs if run.outputs else []
+        logged = [client.get_logged_model(output.model_id) for output in reversed(outputs)]
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UsageError(f"There is no model '{uri}'.", _registered(client)) from None
+    for model in logged:
+        if name in ("", model.name):
+            return model
+    shown = ", ".join(f"runs:/{run_id}/{model.name}" for model in logged) or "none"
+    raise UsageError(f"There is no model '{uri}'.", f"Models of the run: {shown}.")
+
+
+def _iso(milliseconds: int | None) -> str:
+    return datetime.fromtimestamp((milliseconds or 0) / 1000, UTC).isoformat(timespec="seconds")
