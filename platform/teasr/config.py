@@ -1,13 +1,16 @@
 """Typed settings: YAML plus `key=value` overrides, checked at construction.
 
 Each component declares its own `Settings` class next to the code that uses it; a recipe nests them.
-An unknown key, a wrong type or a value out of range becomes a `UsageError` that names the field, what
-was given and what is accepted. No setting is read and then ignored: extra keys are refused.
+An unknown key, a wrong type or a value out of range becomes a `UsageError` that names the field,
+what was given and what is accepted. No setting is read and then ignored: extra keys are refused.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from teasr.errors import UsageError
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class Settings(BaseModel):
@@ -63,7 +68,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`data` with each `a.b=value` laid over it; values are parsed as YAML (`3`, `1e-4`, `[1, 2]`)."""
+    """`data` with each `a.b=value` laid over it; values are YAML (`3`, `1e-4`, `[1, 2]`)."""
     result: dict[str, Any] = _copy(data)
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -76,22 +81,25 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
             if not isinstance(child, dict):
                 raise UsageError(f"'{name}': '{key}' is a value, not a section.")
             node = child
-        node[keys[-1]] = _scalar(text)
+        try:
+            node[keys[-1]] = _scalar(text)
+        except yaml.YAMLError:
+            raise UsageError(
+                f"'{override}': the value is not valid YAML.", "Quote text: key='\"a: b\"'."
+            ) from None
     return result
 
 
 def _copy(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    return {
+        key: _copy(value) if isinstance(value, Mapping) else value for key, value in data.items()
+    }
 
 
 def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    if _EXPONENT.fullmatch(text.strip()):  # YAML 1.1 reads 1e-4 as a string
+        return float(text)
+    return yaml.safe_load(text)
 
 
 def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> UsageError:
@@ -114,7 +122,10 @@ def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> Usage
 def _fields_at(cls: type[BaseModel], place: Iterable[str]) -> list[str]:
     for key in place:
         annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        optional = isinstance(annotation, types.UnionType)  # `Section | None`
+        options = typing.get_args(annotation) if optional else (annotation,)
+        sections = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not sections:
             return []
-        cls = annotation
+        cls = sections[0]
     return list(cls.model_fields)

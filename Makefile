@@ -1,0 +1,37 @@
+# Two commands on a fresh machine with Python 3.11 and a C++ compiler:
+#   make quickstart    the whole journey on sample photographs
+#   make test          the tests, the linters and the types
+#
+# torch's release is pinned in constraints.txt. For another one, such as a CUDA build:
+#   make quickstart CONSTRAINTS=/dev/null
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test lint unit clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/teasr quickstart
+
+test: lint unit
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# The environment is made anew whenever what it is made from changes.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit("teasr needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[samples,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
