@@ -1,0 +1,522 @@
+"""The command line. Every command ends by saying what was made and what to run next.
+
+Exit codes: 0 done; 1 the work could not be done (a gate refused, a server is away, pictures
+failed); 2 the request itself is wrong. A user's mistake is told in one line; a traceback is for
+our own bugs. Heavy libraries are imported by the command that needs them, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.console import console, errors, progress_bar
+from teasr.errors import TeasrError, UsageError
+
+app = typer.Typer(
+    name="teasr",
+    help="Real-world image super-resolution: data synthesis, distillation, registry, serving.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", help="Folder of runs and models [default: $TEASR_HOME or ./teasr-home]."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: training.minutes=30."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and stop.")]
+MODEL_HELP = (
+    "Model: models:/NAME@champion, models:/NAME/VERSION, a folder of weights, or a built-in "
+    "model such as teasr-s."
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model, such as teasr.")]
+Steps = Annotated[int, typer.Option(help="Sampling steps: 1 is fastest.", min=1, max=64)]
+Seed = Annotated[int, typer.Option(help="Seed; equal seeds give equal results.", min=0)]
+
+
+@app.command()
+def quickstart(
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where to work [default: ./teasr-home].")
+    ] = None,
+    photos: Annotated[
+        list[str] | None,
+        typer.Option("--photos", help="Your photographs, in place of the samples."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Minutes of training.", min=0.05)] = 3.0,
+    init: Annotated[
+        str, typer.Option(help="Weights to start from: a model, or 'scratch'.")
+    ] = "teasr-s",
+    overrides: Overrides = None,
+) -> None:
+    """The whole journey on sample photographs: ingest, distill, evaluate, promote, serve."""
+    home = _home(directory)
+    from jobs.evaluate import table
+    from jobs.quickstart import quickstart as run
+    from jobs.quickstart import sample_photographs
+    from jobs.recipe import load_recipe
+
+    sources = [str(Path(p).absolute()) if Path(p).exists() else p for p in photos or []]
+    recipe = load_recipe(
+        "quickstart",
+        [f"training.minutes={minutes}", f"init={init}", *(overrides or [])],
+        photos=sources or [sample_photographs()],
+    )
+    result = run(recipe, home)
+    retrained = result.retrained
+    console.print(table(retrained.evaluation, "On the photographs that were kept out of training"))
+    where = "" if directory is None else f"TEASR_HOME={home} "
+    _say(
+        f"sheet     {retrained.files / 'sheet.png'}",
+        f"pictures  {result.before}  ->  {result.after}",
+        f"records   {home / 'mlflow.db'}",
+    )
+    _next(
+        f"{where}teasr restore models:/{recipe.model}@champion YOUR.jpg out.png --steps 1",
+        f"{where}teasr history {recipe.model}",
+        f"{where}mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}",
+    )
+
+
+@app.command()
+def ingest(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC...", help="Folders, globs, pictures, tar files, URLs."),
+    ],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="Folder of the new dataset.")],
+    shard_size: Annotated[int, typer.Option(help="Photographs per shard.", min=1)] = 16,
+    min_side: Annotated[int, typer.Option(help="Smallest side accepted, in pixels.", min=1)] = 64,
+    max_pixels: Annotated[int, typer.Option(help="Largest picture accepted, in pixels.", min=1)] = (
+        200_000_000
+    ),
+    shrink: Annotated[
+        float, typer.Option(help="Shrink by this first, against JPEG damage.", min=1.0)
+    ] = 1.0,
+    max_bad_share: Annotated[
+        float | None, typer.Option(help="Fail when more than this share is unusable.", min=0, max=1)
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Photographs into HR shards. Bad pictures go to quarantine.jsonl; rerun to add what is new."""
+    from pipelines import ingest as pipeline
+
+    options = {"shard_size": shard_size, "min_side": min_side, "max_pixels": max_pixels}
+    if dry_run:
+        plan = pipeline.plan(sources, destination, shrink=shrink, **options)
+        _planned(plan)
+        return
+    summary = pipeline.ingest(
+        sources, destination, shrink=shrink, max_bad_share=max_bad_share, **options
+    )
+    _made(summary)
+    _next(
+        f"teasr synthesize {destination} PAIRS --preset teasr",
+        f"teasr distill teasr-s-cpu data={destination}",
+    )
+
+
+@app.command()
+def synthesize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="HR dataset, from teasr ingest.")],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="Folder of the new pairs.")],
+    preset: Annotated[
+        str, typer.Option(help="Degradation: teasr, realesrgan, or a YAML file.")
+    ] = "teasr",
+    copies: Annotated[int, typer.Option(help="Variants of each photograph.", min=1)] = 1,
+    seed: Seed = 0,
+    crop: Annotated[
+        int | None, typer.Option(help="Side of a random HR crop [default: the whole picture].")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """HR shards into LR/HR pair shards, with every drawn parameter kept beside each pair."""
+    from pipelines import synthesize as pipeline
+
+    options = {"preset": preset, "copies": copies, "seed": seed, "crop": crop}
+    if dry_run:
+        _planned(pipeline.plan(source, destination, **options))  # type: ignore[arg-type]
+        return
+    _made(pipeline.synthesize(source, destination, **options))  # type: ignore[arg-type]
+    _next(f"teasr evaluate teasr-s --data {destination}")
+
+
+@app.command()
+def distill(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped recipe.")
+    ],
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run [default: the recipe's name].")
+    ] = None,
+    home: Home = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train with the TEASR objective as a Ray Train job; the same command resumes a run."""
+    root = _home(home)
+    from jobs.distill import distill as run
+    from jobs.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder = root / "runs" / (name or Path(recipe).stem)
+    if dry_run:
+        console.print_json(loaded.model_dump_json())
+        _say(f"would train in {folder}")
+        return
+    result = run(loaded, folder)
+    done = "was finished before" if result.reused else "finished"
+    _say(
+        f"run {result.run_id} {done}: {result.position['steps']} steps, "
+        f"{result.position['samples']} pairs, {result.position['seconds'] / 60:.1f} min",
+        f"model in {result.model}",
+    )
+    _next(f"teasr evaluate {result.model} --data PAIRS", f"teasr restore {result.model} IN OUT")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Pair dataset, from teasr synthesize.")],
+    steps: Annotated[str, typer.Option(help="Numbers of sampling steps.")] = "1,4",
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("evaluation"),
+    lpips: Annotated[
+        str | None, typer.Option(help="LPIPS weights [default: $TEASR_LPIPS].")
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Measure a model on a benchmark: table, per-image CSV, picture sheet."""
+    _home(home)
+    from jobs.evaluate import evaluate as run
+    from jobs.evaluate import table
+    from teasr import registry
+
+    counts = _numbers(steps)
+    result = run(registry.resolve(model), data, out, steps=counts, lpips=lpips)
+    console.print(table(result.evaluation, registry.describe(model)))
+    _say(f"figures and sheet in {out}")
+    _next(f"teasr restore {model} IN OUT --steps 1")
+
+
+@app.command()
+def promote(
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="[default: the challenger]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe whose gate to use.")] = None,
+    home: Home = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Put a version through the gate; when it passes, it becomes the champion."""
+    root = _home(home)
+    from jobs.recipe import load_recipe
+    from teasr import registry, tracking
+
+    gate = load_recipe(recipe).gate if recipe else None
+    result = registry.promote(tracking.connect(root), name, version, gate, dry_run)
+    assert result.verdict is not None
+    for check in result.verdict.checks:
+        mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]-[/]"}[check.passed]
+        console.print(f"{mark} {check.name}: {check.detail}")
+    if dry_run:
+        _say("nothing was changed (dry run)")
+        return
+    if not result.promoted:
+        raise TeasrError(
+            f"Version {result.version} of '{name}' was refused by the gate.",
+            f"Version {result.replaced} stays the champion."
+            if result.replaced
+            else "There is no champion yet.",
+        )
+    _say(f"version {result.version} of '{name}' is the champion (was: {result.replaced or 'none'})")
+    _next(f"teasr serve models:/{name}@champion", f"teasr rollback {name}")
+
+
+@app.command()
+def rollback(
+    name: Name,
+    to: Annotated[
+        int | None, typer.Option(help="Version [default: the previous champion].")
+    ] = None,
+    home: Home = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make the previous champion the champion again; recorded like a promotion."""
+    root = _home(home)
+    from teasr import registry, tracking
+
+    result = registry.rollback(tracking.connect(root), name, to, dry_run)
+    verb = "would become" if dry_run else "is"
+    _say(f"version {result.version} of '{name}' {verb} the champion (was: {result.replaced})")
+    _next(f"teasr history {name}")
+
+
+@app.command()
+def history(
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="Show where this version came from.")] = None,
+    home: Home = None,
+) -> None:
+    """What was live, when, why, and who decided."""
+    root = _home(home)
+    from rich.table import Table
+
+    from teasr import registry, tracking
+
+    client = tracking.connect(root)
+    if version is not None:
+        details = registry.version_details(client, name, version)
+        for key, value in vars(details).items():
+            console.print(f"{key:>10}  {value}")
+        return
+    versions = registry.list_versions(client, name)
+    listing = Table("version", "aliases", title=f"Versions of {name}", title_justify="left")
+    for number, aliases in versions.items():
+        listing.add_row(str(number), ", ".join(aliases))
+    console.print(listing)
+    records = Table(
+        "when (UTC)",
+        "action",
+        "version",
+        "replaced",
+        "verdict",
+        "state",
+        "by",
+        title="Promotions",
+        title_justify="left",
+    )
+    for record in registry.history(client, name):
+        records.add_row(
+            record.at,
+            record.action,
+            str(record.version),
+            str(record.replaced or "-"),
+            record.verdict,
+            record.state,
+            record.by,
+        )
+    console.print(records)
+    _next(f"teasr history {name} --version {next(iter(versions), 1)}")
+
+
+@app.command()
+def serve(
+    model: Model,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5001,
+    host: Annotated[
+        str, typer.Option(help="Address; anything but loopback is open to the network.")
+    ] = "127.0.0.1",
+    home: Home = None,
+) -> None:
+    """Serve a model over HTTP (MLflow's scoring server) until interrupted."""
+    _home(home)
+    from teasr.serving import ScoringServer
+
+    with ScoringServer(model, port, host=host) as server:
+        _say(
+            f"{server.version} answers at {server.url}/invocations (Ctrl-C ends)",
+            f"curl {server.url}/invocations -H 'Content-Type: application/json' -d "
+            '\'{"dataframe_records": [{"image": "BASE64"}], "params": {"steps": 1}}\'',
+        )
+        server.wait()
+
+
+@app.command()
+def restore(
+    model: Model,
+    source: Annotated[str, typer.Argument(metavar="IN", help="A picture, a folder, or HR shards.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A picture, or a folder.")],
+    steps: Steps = 1,
+    seed: Seed = 0,
+    tile: Annotated[int, typer.Option(help="Side of a tile in LR pixels.", min=8)] = 32,
+    colour: Annotated[str, typer.Option(help="none, or wavelet: take the colours of IN.")] = "none",
+    overwrite: Annotated[bool, typer.Option(help="Replace an OUT that exists.")] = False,
+    home: Home = None,
+) -> None:
+    """Restore a picture of any size, or a folder of pictures, four times larger."""
+    _home(home)
+    from pipelines.restore import output_format, restore_many
+    from teasr import registry
+    from teasr.restoration import RestorationSettings
+
+    settings = RestorationSettings.from_mapping(
+        {"steps": steps, "seed": seed, "tile": tile, "colour": colour}, "command line"
+    )
+    folder = registry.resolve(model)
+    if Path(source).is_file():
+        if target.exists() and not overwrite:
+            raise UsageError(f"{target} exists.", "Choose another name, or add --overwrite.")
+        _restore_one(folder, Path(source), target, settings, output_format(target))
+        return
+    if target.suffix and not target.is_dir():
+        raise UsageError(f"{source} is not a picture, so OUT must be a folder, not {target}.")
+    with progress_bar("restore", total=1.0) as update:
+        result = restore_many(
+            folder,
+            source,
+            target,
+            settings,
+            progress=lambda done, total: update(done / total, f"{done} of {total} pictures"),
+        )
+    for name, reason in result.failed:
+        errors.print(f"[red]✗[/] {name}: {reason}", highlight=False)
+    _say(f"{len(result.done)} restored to {target}, {len(result.skipped)} were there before")
+    if result.failed:
+        raise TeasrError(f"{len(result.failed)} picture(s) could not be restored.")
+
+
+def _restore_one(folder: Path, source: Path, target: Path, settings, format: str) -> None:  # type: ignore[no-untyped-def]
+    from teasr.backbones import load_backbone
+    from teasr.images import BadPicture, decode
+    from teasr.restoration import restore_picture
+    from teasr.shards import write_bytes
+
+    if not target.parent.is_dir():
+        raise UsageError(f"The folder {target.parent} does not exist.")
+    try:
+        picture = decode(source.read_bytes())
+    except BadPicture as error:
+        raise UsageError(f"{source}: {error.message}", error.hint) from None
+    with progress_bar("restore", total=1.0) as update:
+        restored = restore_picture(
+            load_backbone(folder),
+            picture,
+            settings,
+            format,
+            progress=lambda done, total: update(done / total, f"{done} of {total} rows of tiles"),
+        )
+    write_bytes(str(target.absolute()), restored)
+    height, width = (side * 4 for side in picture.rgb.shape[:2])
+    note = " (read as 8 bits)" if picture.bits > 8 else ""
+    _say(f"{target}: {width} x {height} from {source.name}{note}, {settings.steps} step(s)")
+
+
+@app.command()
+def retrain(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped recipe.")
+    ],
+    overrides: Overrides = None,
+    home: Home = None,
+) -> None:
+    """The journey from photographs to promotion, once; does nothing when there is nothing new."""
+    root = _home(home)
+    from jobs.evaluate import table
+    from jobs.recipe import load_recipe
+    from jobs.retrain import retrain as run
+
+    loaded = load_recipe(recipe, overrides or [])
+    result = run(loaded, root)
+    if not result.new:
+        _say(f"nothing new to learn from: version {result.version} stands")
+        return
+    console.print(table(result.evaluation))
+    if not result.promoted:
+        raise TeasrError(
+            f"Version {result.version} was registered but refused by the gate.",
+            f"See: teasr history {loaded.model}",
+        )
+    _say(f"version {result.version} of '{loaded.model}' is the champion")
+    _next(f"teasr serve models:/{loaded.model}@champion")
+
+
+@app.command()
+def doctor(home: Home = None) -> None:
+    """What is installed, reachable and compiled here; what to do about what is not."""
+    root = _home(home)
+    from jobs.doctor import Finding, examine
+
+    findings: list[Finding] = examine(root)
+    for finding in findings:
+        mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[yellow]![/]"}[finding.good]
+        console.print(f"{mark} {finding.name}: {finding.detail}", highlight=False)
+        if finding.advice:
+            console.print(f"    {finding.advice}", highlight=False)
+    if any(finding.good is False for finding in findings):
+        raise TeasrError("Something that teasr needs is missing, see above.")
+
+
+def _home(given: Path | None) -> Path:
+    """The working folder: `--home`, $TEASR_HOME or the default; set for all that runs below us."""
+    if given is not None:
+        os.environ["TEASR_HOME"] = str(given.expanduser().absolute())
+    return Path(os.environ.get("TEASR_HOME") or "teasr-home").expanduser().absolute()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--steps {text}: whole numbers such as 1,2,4 are expected.") from None
+
+
+def _planned(plan) -> None:  # type: ignore[no-untyped-def]
+    _say(
+        f"would write {len(plan.missing)} of {len(plan.tasks)} shards ({plan.samples} samples) to "
+        f"{plan.destination}; the others are there"
+    )
+
+
+def _made(summary) -> None:  # type: ignore[no-untyped-def]
+    rate = summary.samples / summary.seconds if summary.seconds else 0
+    _say(
+        f"{summary.samples} samples in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB, in "
+        f"{summary.destination} ({rate:.1f} samples/s, {summary.skipped_shards} shards were there)"
+    )
+    for reason, count in summary.quarantined.items():
+        _say(f"quarantined: {count} {reason}")
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _next(*commands: str) -> None:
+    console.print("[dim]next:[/]")
+    for command in commands:
+        console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Entry point of the `teasr` command."""
+    # Asked to end: leave through the clean-up that an interrupt runs, so that no server stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app()
+    except TeasrError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted. The same command goes on where it stopped.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"{error.filename or 'Writing'}: {error.strerror}.", 1)
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow."):
+            raise
+        _fail(f"MLflow: {str(error).splitlines()[0]}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    errors.print(f"[red]teasr:[/] {message}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Recipes: everything a distillation is made of, in one typed YAML file.
+
+Each section's settings are declared beside the code that uses them. A recipe is given by path or by
+the name of one that ships with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.feed import FeedSettings
+from teasr.backbones import PRESETS, DiTSettings
+from teasr.config import Settings, apply_overrides, read_yaml
+from teasr.engine import EngineSettings
+from teasr.errors import UsageError
+from teasr.gate import GateSettings
+from teasr.objective import ObjectiveSettings
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class TrainingSettings(Settings):
+    """How long and on what."""
+
+    minutes: float | None = Field(None, gt=0)
+    """Training time; time spent before an interruption counts. Give this or `steps`."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Give this or `minutes`."""
+    batch: int = Field(16, ge=1)
+    """Pairs per worker and micro-batch."""
+    workers: int = Field(1, ge=1)
+    """Ray Train workers."""
+    gpu: bool = False
+    """One GPU per worker."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """Ray CPUs that a worker reserves; at least one in the cluster must stay free for the feed."""
+    threads: int = Field(0, ge=0)
+    """Threads of a worker's matrix products; 0 shares all cores but one among the workers."""
+    log_every: int = Field(10, ge=1)
+    """Optimizer steps between two records of losses."""
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    """Time between two checkpoints."""
+    max_bad_steps: float = Field(0.05, ge=0, le=1)
+    """Share of steps that may be left out because a loss was not finite; above it the run fails."""
+    max_failures: int = Field(3, ge=0)
+    """Worker failures that are answered by a restart from the last checkpoint."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, noise and times."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSettings:
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError("give either minutes or steps")
+        return self
+
+
+class EvaluationSettings(Settings):
+    """How the result is measured."""
+
+    steps: tuple[int, ...] = (1, 4)
+    """Numbers of sampling steps; 1 is always among them."""
+    pictures: int = Field(4, ge=0)
+    """Rows of the picture sheet."""
+    crop: int = Field(256, ge=64, multiple_of=4)
+    """Side in pixels of the HR crops of a benchmark that `teasr retrain` makes."""
+    copies: int = Field(4, ge=1)
+    """Crops per photograph kept for that benchmark."""
+
+    @field_validator("steps")
+    @classmethod
+    def _with_one_step(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 1 <= steps <= 64 for steps in value):
+            raise ValueError("numbers of steps between 1 and 64 are expected")
+        return tuple(sorted({1, *value}))
+
+
+class Recipe(Settings):
+    """A distillation from data to promotion."""
+
+    model: str = Field("teasr", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name under which versions are registered."""
+    data: str | None = None
+    """HR dataset to learn from (made by `teasr ingest`)."""
+    benchmark: str | None = None
+    """Pair dataset to measure on (made by `teasr synthesize`), never trained on."""
+    photos: tuple[str, ...] = ()
+    """Sources of photographs for `teasr retrain`, which makes `data` and `benchmark` from them."""
+    shrink: float = Field(1.0, ge=1)
+    """Factor by which `teasr retrain` shrinks photographs first, against their JPEG damage."""
+    held_out: float = Field(0.15, gt=0, lt=1)
+    """Share of the photographs that `teasr retrain` keeps for the benchmark."""
+    backbone: str | DiTSettings = "teasr-s"
+    """A preset's name, or the shape of the network."""
+    init: str = "scratch"
+    """Weights to start from: `scratch`, a built-in model, a folder, or an MLflow model URI."""
+    lpips: str | None = None
+    """LPIPS weights for the pixel term, a file or a folder; None looks at $TEASR_LPIPS."""
+    feed: FeedSettings = FeedSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    engine: EngineSettings = EngineSettings()
+    training: TrainingSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, value: str | DiTSettings) -> str | DiTSettings:
+        if isinstance(value, str) and value not in PRESETS:
+            raise ValueError(f"one of {', '.join(PRESETS)}, or a mapping of settings, is expected")
+        return value
+
+    @property
+    def backbone_settings(self) -> DiTSettings:
+        """The network's shape."""
+        return PRESETS[self.backbone] if isinstance(self.backbone, str) else self.backbone
+
+
+def recipe_names() -> list[str]:
+    """Recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = (), **fixed: Any) -> Recipe:
+    """A recipe by path or shipped name, with `key=value` overrides and `fixed` top-level fields.
+
+    Raises:
+        UsageError: an unknown recipe, or a wrong field, named.
+    """
+    path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        raise UsageError(
+            f"There is no recipe '{name_or_path}'.",
+            f"Give a YAML file or one of: {', '.join(recipe_names())}.",
+        )
+    data = apply_overrides({**read_yaml(path), **fixed}, overrides)
+    return Recipe.from_mapping(data, str(path))

@@ -1,0 +1,210 @@
+"""`teasr retrain`: the whole journey, from photographs to a promoted version, as named steps.
+
+ingest -> benchmark -> distill -> evaluate -> register -> promote. Each step is reused while its
+inputs stay the same, so a rerun after a crash repeats only what is missing, and a rerun with
+nothing new says so. The photographs of the benchmark are chosen once and kept out of training for
+good; photographs that are added later are trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from jobs.distill import distill
+from jobs.evaluate import EVALUATION_FILE, evaluate
+from jobs.recipe import Recipe
+from jobs.steps import Steps
+from pipelines.ingest import file_stamps, ingest, is_picture
+from pipelines.synthesize import synthesize
+from teasr import registry, tracking
+from teasr.errors import TeasrError, UsageError
+from teasr.evaluation import BICUBIC, Evaluation, system_name
+from teasr.shards import content_hash, read_manifest, write_bytes
+
+HELD_OUT_FILE = "held-out.json"
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining came to.
+
+    Attributes:
+        version: the registered version.
+        promoted: whether it is the champion now.
+        new: whether anything was done; False when there was nothing new to learn from.
+        evaluation: of that version.
+        files: folder of the evaluation's files.
+    """
+
+    version: int
+    promoted: bool
+    new: bool
+    evaluation: Evaluation
+    files: Path
+
+
+def retrain(recipe: Recipe, home: Path) -> Retrained:
+    """Run the journey of `recipe` in `home`.
+
+    Raises:
+        UsageError: no photographs, or a recipe that does not fit.
+        TeasrError: another retraining of the same model is running, or a step failed.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home / f"{recipe.model}.lock")  # the system frees it when its holder dies
+    try:
+        with lock.acquire(timeout=0):
+            return _retrain(recipe, home)
+    except Timeout:
+        raise TeasrError(
+            f"A retraining of '{recipe.model}' is running in {home}.", "Wait for it to end."
+        ) from None
+
+
+def _retrain(recipe: Recipe, home: Path) -> Retrained:
+    steps = Steps(home / "steps" / recipe.model)
+    client = tracking.connect(home)
+    data, held_out, pairs = (home / "data" / name for name in ("train", "held-out", "benchmark"))
+    if recipe.photos:
+        _ingest(steps, recipe, data, held_out, pairs)
+        recipe = recipe.model_copy(update={"data": str(data), "benchmark": str(pairs)})
+    if recipe.data is None or recipe.benchmark is None:
+        raise UsageError(
+            "The recipe has neither photos nor both data and benchmark.",
+            "Set photos to a folder of photographs.",
+        )
+
+    learned = {"recipe": _learning(recipe), "data": _fingerprint(recipe.data)}
+    run_folder = home / "runs" / f"{recipe.model}-{content_hash(learned)[:12]}"
+
+    def train() -> dict[str, Any]:
+        result = distill(recipe, run_folder)
+        position = result.position
+        return {
+            "run_id": result.run_id,
+            "model": str(result.model),
+            "summary": f"{position['steps']} steps, {position['samples']} pairs, "
+            f"{position['seconds'] / 60:.1f} min",
+        }
+
+    trained = steps.run("distill", learned, train)
+    measured_on = {
+        "run": trained["run_id"],
+        "benchmark": _fingerprint(recipe.benchmark),
+        "evaluation": recipe.evaluation.model_dump(mode="json"),
+    }
+    files = run_folder / "evaluation"
+
+    def measure() -> dict[str, Any]:
+        assert recipe.benchmark is not None
+        result = evaluate(
+            Path(trained["model"]),
+            recipe.benchmark,
+            files,
+            steps=recipe.evaluation.steps,
+            pictures=recipe.evaluation.pictures,
+        )
+        if result.sheet.is_file():
+            client.log_artifact(trained["run_id"], str(result.sheet))
+        one, cubic = (result.evaluation.mean(name, "psnr_y") for name in (system_name(1), BICUBIC))
+        return {"summary": f"{one:.2f} dB at 1 step, bicubic {cubic:.2f} dB"}
+
+    steps.run("evaluate", measured_on, measure)
+    evaluation = Evaluation.from_json((files / EVALUATION_FILE).read_text())
+
+    def register() -> dict[str, Any]:
+        uri = registry.log_model(client, trained["run_id"], Path(trained["model"]), recipe.model)
+        tags = {"dataset": learned["data"]}
+        version = registry.register(client, trained["run_id"], uri, recipe.model, evaluation, tags)
+        client.set_terminated(trained["run_id"])
+        return {
+            "version": version,
+            "summary": f"{recipe.model} version {version}, alias challenger",
+        }
+
+    version = steps.run("register", measured_on, register)["version"]
+
+    def through_gate() -> dict[str, Any]:
+        promotion = registry.promote(client, recipe.model, version, recipe.gate)
+        failed = [check.detail for check in promotion.verdict.checks if check.passed is False]
+        return {
+            "promoted": promotion.promoted,
+            "summary": f"version {version} is the champion"
+            if promotion.promoted
+            else f"version {version} was refused: {'; '.join(failed)}",
+        }
+
+    gate = {"version": version, "gate": recipe.gate.model_dump(mode="json")}
+    promoted = steps.run("promote", gate, through_gate)["promoted"]
+    return Retrained(version, promoted, bool(steps.done), evaluation, files)
+
+
+def _ingest(steps: Steps, recipe: Recipe, data: Path, held_out: Path, pairs: Path) -> None:
+    stamps = file_stamps(recipe.photos)
+    sources = list(stamps)
+    pictures = [source for source in sources if is_picture(source)]
+    chosen = split(pictures, recipe.held_out, data.parent / HELD_OUT_FILE)
+    train = [source for source in sources if source not in chosen]
+    if not chosen:
+        raise UsageError(
+            f"{len(pictures)} photograph(s) in {', '.join(recipe.photos)} are too few: some are "
+            "learned from, some are kept to measure on.",
+            "Give at least 2, better 20 or more.",
+        )
+
+    def read() -> dict[str, Any]:
+        summary = ingest(train, str(data), shrink=recipe.shrink)
+        kept = ingest(sorted(chosen), str(held_out), shrink=recipe.shrink)
+        bad = sum(summary.quarantined.values()) + sum(kept.quarantined.values())
+        return {
+            "summary": f"{summary.samples} photographs to learn from, {kept.samples} kept to "
+            f"measure on, {bad} quarantined"
+        }
+
+    steps.run("ingest", {"files": stamps, "shrink": recipe.shrink}, read)
+
+    def degrade() -> dict[str, Any]:
+        made = synthesize(
+            str(held_out),
+            str(pairs),
+            preset=recipe.feed.preset,
+            copies=recipe.evaluation.copies,
+            seed=recipe.feed.seed,
+            crop=recipe.evaluation.crop,
+        )
+        return {"summary": f"{made.samples} pairs of the photographs kept"}
+
+    settings = {"preset": recipe.feed.preset, "evaluation": recipe.evaluation.model_dump()}
+    steps.run("benchmark", {**settings, "source": _fingerprint(str(held_out))}, degrade)
+
+
+def split(sources: Sequence[str], share: float, record: Path) -> set[str]:
+    """Which of
+    `sources` are kept for the benchmark: those recorded before, else the `share` whose names hash
+    lowest (at least one), which is then recorded: the benchmark stays as it is for good."""
+    if record.is_file():
+        return set(json.loads(record.read_text())) & set(sources)
+    count = max(1, math.ceil(share * len(sources)))
+    ranked = sorted(sources, key=lambda s: hashlib.sha256(Path(s).name.encode()).hexdigest())
+    chosen = ranked[:count] if len(sources) > 1 else []
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(str(record.absolute()), json.dumps(sorted(chosen), indent=1).encode())
+    return set(chosen)
+
+
+def _learning(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that decides what is learned."""
+    fields = {"backbone", "init", "lpips", "feed", "objective", "engine", "training"}
+    return recipe.model_dump(mode="json", include=fields)
+
+
+def _fingerprint(dataset: str) -> str:
+    return read_manifest(dataset).fingerprint

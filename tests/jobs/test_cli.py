@@ -1,0 +1,208 @@
+"""The command line: a user's mistake is one line, the right exit code, and nothing half written."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import cli
+from teasr.backbones import PRESETS, DualBranchDiT, save_backbone
+from teasr.images import decode, encode
+
+COMMANDS = [
+    *("quickstart", "ingest", "synthesize", "distill", "evaluate", "promote", "rollback"),
+    *("history", "serve", "restore", "retrain", "doctor"),
+]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """`run(arguments...)` -> (exit code, stdout, stderr), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEASR_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["teasr", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    network = DualBranchDiT(PRESETS["teasr-xs"])
+    save_backbone(network.settings, network.state_dict(), folder)
+    return str(folder)
+
+
+def test_every_command_has_help(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert name in out
+        code, text, _ = run(name, "--help")
+        assert code == 0 and "Usage" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["ingest", "missing", "out"], 2, "missing"),
+        (["synthesize", "missing", "out"], 2, "teasr ingest"),
+        (["distill", "nothing"], 2, "teasr-s-cpu"),
+        (["distill", "quickstart", "engine.zero=3"], 2, "zero_stage"),
+        (["distill", "quickstart"], 2, "Set data"),
+        (["evaluate", "teasr-nothing", "--data", "x"], 2, "teasr-nothing"),
+        (["evaluate", "teasr-s", "--data", "x", "--steps", "one"], 2, "whole numbers"),
+        (["promote", "nobody"], 2, "nobody"),
+        (["history", "nobody"], 2, "nobody"),
+        (["rollback", "nobody"], 2, "nobody"),
+        (["retrain", "quickstart"], 2, "photos"),
+        (["quickstart", "--photos", "missing"], 2, "missing"),
+        (["restore", "models:/teasr@champion", "a.png", "b.png"], 2, "teasr"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    run: Run, tmp_path: Path, arguments: list[str], code: int, told: str
+) -> None:
+    got, out, err = run(*arguments)
+    assert got == code
+    assert told in err and "Traceback" not in err + out
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.tar")) and not list(tmp_path.rglob("*.png"))
+
+
+def test_restore_keeps_kind_and_size(
+    run: Run, model: str, tmp_path: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    rgb = photo(37, 23)
+    cases = {
+        "colour.jpg": encode(rgb, "jpeg"),
+        "grey.png": encode(rgb, grey=True),
+        "alpha.png": encode(rgb, alpha=np.full((37, 23), 99, np.uint8)),
+    }
+    for name, data in cases.items():
+        Path(name).write_bytes(data)
+        code, out, err = run("restore", model, name, f"big-{Path(name).stem}.png")
+        assert code == 0, err
+        assert "92 x 148" in out
+        picture = decode((tmp_path / f"big-{Path(name).stem}.png").read_bytes())
+        assert picture.rgb.shape == (148, 92, 3)
+        assert picture.grey == (name == "grey.png")
+        assert (picture.alpha is not None) == (name == "alpha.png")
+
+
+def test_restore_respects_orientation(
+    run: Run, model: str, tmp_path: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    image = Image.fromarray(photo(20, 32))
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned: 32 x 20 stored, 20 x 32 seen
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert run("restore", model, "turned.jpg", "out.png")[0] == 0
+    assert decode((tmp_path / "out.png").read_bytes()).rgb.shape == (128, 80, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["text.png", "out.png"], "text.png"),
+        (["good.png", "out.gif"], ".webp"),
+        (["good.png", "none/out.png"], "none"),
+        (["good.png", "good.png"], "--overwrite"),
+        (["alpha.png", "out.jpg"], "alpha"),
+        (["missing.png", "out.png"], "missing.png"),
+        (["good.png", "out.png", "--steps", "0"], "steps"),
+        (["good.png", "out.png", "--colour", "blue"], "wavelet"),
+    ],
+)
+def test_restore_refuses_with_a_reason(
+    run: Run, model: str, photo: Callable[..., np.ndarray], arguments: list[str], told: str
+) -> None:
+    Path("text.png").write_text("this is no picture")
+    Path("good.png").write_bytes(encode(photo(20, 20)))
+    Path("alpha.png").write_bytes(encode(photo(20, 20), alpha=np.zeros((20, 20), np.uint8)))
+    code, out, err = run("restore", model, *arguments)
+    assert code in (1, 2)
+    assert told in err and "Traceback" not in err + out
+    assert not Path("out.png").exists() and not Path("out.jpg").exists()
+
+
+def test_port_in_use_is_told_before_anything_starts(run: Run, model: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, _, err = run("serve", model, "--port", port)
+    assert code == 1 and port in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_absent_mlflow_server_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    code, _, err = run("history", "teasr")
+    assert code == 1 and "does not answer" in err and "secret" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told(model: str, tmp_path: Path, photo: Callable[..., np.ndarray]) -> None:
+    """A small file system that is full, where the machine lets us mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting needs rights that this process has not")
+    try:
+        (tmp_path / "in.png").write_bytes(encode(photo(32, 32)))
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "restore", model, "in.png", str(small / "out.png")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"TEASR_HOME": str(tmp_path / "home")},
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "space" in done.stderr and not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_doctor_looks_at_everything(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run("doctor")
+    assert code == 0, err
+    for part in ("deepspeed", "opencv", "C++ compiler", "MLflow store", "LPIPS weights", "teasr-s"):
+        assert part in out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    code, out, err = run("doctor")
+    assert code == 1 and "does not answer" in out and len(err.strip().splitlines()) == 1
+
+
+def test_dry_runs_write_nothing(run: Run, tmp_path: Path, photo: Callable[..., np.ndarray]) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(encode(photo(80, 80)))
+    code, out, _ = run("ingest", "photos", "hr", "--dry-run")
+    assert code == 0 and "1 of 1 shards" in out
+    code, out, _ = run("distill", "quickstart", "data=hr", "--dry-run")
+    assert code == 0 and "learning_rate" in out
+    assert not (tmp_path / "hr").exists() and not (tmp_path / "home").exists()
