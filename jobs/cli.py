@@ -374,7 +374,7 @@ def restore(
             progress=lambda done, total: update(done / total, f"{done} of {total} pictures"),
         )
     for name, reason in result.failed:
-        errors.print(f"[red]✗[/] {name}: {reason}", highlight=False)
+        errors.print(f"[red]✗[/] {name}: {reason}", highlight=False, soft_wrap=True)
     _say(f"{len(result.done)} restored to {target}, {len(result.skipped)} were there before")
     if result.failed:
         raise TeasrError(f"{len(result.failed)} picture(s) could not be restored.")

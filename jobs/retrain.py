@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from filelock import FileLock, Timeout
 
 from jobs.distill import distill
@@ -27,6 +30,7 @@ from pipelines.synthesize import synthesize
 from teasr import registry, tracking
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import BICUBIC, Evaluation, system_name
+from teasr.images import decode
 from teasr.shards import content_hash, read_manifest, write_bytes
 
 HELD_OUT_FILE = "held-out.json"
@@ -151,13 +155,16 @@ def _ingest(steps: Steps, recipe: Recipe, data: Path, held_out: Path, pairs: Pat
     stamps = file_stamps(recipe.photos)
     sources = list(stamps)
     pictures = [source for source in sources if is_picture(source)]
-    chosen = split(pictures, recipe.held_out, data.parent / HELD_OUT_FILE)
+    side = math.ceil(recipe.shrink * recipe.evaluation.crop)
+    usable = partial(_is_usable, min_side=side)
+    chosen = split(pictures, recipe.held_out, data.parent / HELD_OUT_FILE, usable)
     train = [source for source in sources if source not in chosen]
     if not chosen:
         raise UsageError(
-            f"{len(pictures)} photograph(s) in {', '.join(recipe.photos)} are too few: some are "
-            "learned from, some are kept to measure on.",
-            "Give at least 2, better 20 or more.",
+            f"{len(pictures)} photograph(s) in {', '.join(recipe.photos)}: too few, too small or "
+            "broken. Some are learned from, some are kept to measure on.",
+            f"Give at least 2, better 20 or more, of {side} pixels or more a side; or a smaller "
+            "evaluation.crop.",
         )
 
     def read() -> dict[str, Any]:
@@ -186,18 +193,35 @@ def _ingest(steps: Steps, recipe: Recipe, data: Path, held_out: Path, pairs: Pat
     steps.run("benchmark", {**settings, "source": _fingerprint(str(held_out))}, degrade)
 
 
-def split(sources: Sequence[str], share: float, record: Path) -> set[str]:
-    """Which of
-    `sources` are kept for the benchmark: those recorded before, else the `share` whose names hash
-    lowest (at least one), which is then recorded: the benchmark stays as it is for good."""
+def split(
+    sources: Sequence[str], share: float, record: Path, usable: Callable[[str], bool]
+) -> set[str]:
+    """Which of `sources` are kept for the benchmark.
+
+    Those recorded before, else the `usable` ones whose names hash lowest, a `share` of all (at
+    least one), which are then recorded: the benchmark stays as it is for good.
+    """
     if record.is_file():
         return set(json.loads(record.read_text())) & set(sources)
+    if len(sources) < 2:
+        return set()
     count = max(1, math.ceil(share * len(sources)))
     ranked = sorted(sources, key=lambda s: hashlib.sha256(Path(s).name.encode()).hexdigest())
-    chosen = ranked[:count] if len(sources) > 1 else []
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(str(record.absolute()), json.dumps(sorted(chosen), indent=1).encode())
+    chosen = list(islice(filter(usable, ranked), count))
+    if chosen:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(str(record.absolute()), json.dumps(sorted(chosen), indent=1).encode())
     return set(chosen)
+
+
+def _is_usable(url: str, min_side: int) -> bool:
+    """Whether a benchmark can be made of the picture at `url`."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            decode(file.read(), min_side=min_side)
+    except (TeasrError, OSError):
+        return False
+    return True
 
 
 def _learning(recipe: Recipe) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Measure a model on a frozen benchmark: pair shards in, figures per picture out.
 
-Actors hold the model once and take pictures as they come. A picture's figures depend on the model,
-the pair and the number of steps alone, so any number of actors gives the same evaluation.
+A picture's figures depend on the model, the pair and the number of steps alone, so any number of
+workers gives the same evaluation.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.data
-import torch
 from numpy.typing import NDArray
 
-from pipelines.runtime import actor_count, ensure_ray, quiet_ray_data, with_arguments
+from pipelines.runtime import ensure_ray, network_of_this_process, quiet_ray_data
 from teasr.backbones import load_backbone
 from teasr.errors import TeasrError
 from teasr.evaluation import BICUBIC, Evaluation, system_name
@@ -76,7 +76,7 @@ def benchmark(
         TeasrError: when a shard is damaged, or there is no pair to measure on.
     """
     manifest = read_manifest(pairs, kind="pairs")
-    load_backbone(model)  # a wrong model is told here, not by an actor
+    load_backbone(model)  # a wrong model is told here, not by a task
     ensure_ray()
     chosen = {round(i * (manifest.samples - 1) / max(pictures - 1, 1)) for i in range(pictures)}
     with quiet_ray_data():
@@ -91,15 +91,13 @@ def benchmark(
             rows.flat_map(_read, num_cpus=0.1)
             .repartition(target_num_rows_per_block=1)
             .map(
-                with_arguments(
-                    _Scorer,
+                _Scorer(
                     model,
                     tuple(steps),
                     settings or RestorationSettings(),
                     lpips_weights,
                     frozenset(chosen),
                 ),
-                compute=ray.data.ActorPoolStrategy(size=actor_count(manifest.samples)),
                 num_cpus=1,
             )
         )
@@ -134,30 +132,23 @@ def _read(row: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+@dataclass(frozen=True)
 class _Scorer:
-    """Holds the model; scores one pair at a time."""
+    """Scores one pair by every system; travels to Ray's tasks."""
 
-    def __init__(
-        self,
-        model: Path,
-        steps: tuple[int, ...],
-        settings: RestorationSettings,
-        lpips: Path | None,
-        shown: frozenset[int],
-    ) -> None:
-        torch.set_num_threads(1)  # one CPU of Ray's
-        self.network = load_backbone(model)
-        self.steps = steps
-        self.settings = settings
-        self.lpips = Lpips.load(lpips) if lpips else None
-        self.shown = shown
+    model: Path
+    steps: tuple[int, ...]
+    settings: RestorationSettings
+    lpips: Path | None
+    shown: frozenset[int]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         hr, lr = decode(row["hr"]).rgb, decode(row["lr"]).rgb
+        lpips = _lpips_of_this_process(self.lpips) if self.lpips else None
         figures: dict[str, Any] = {}
         pictures: dict[str, bytes] = {}
         for system, restored, seconds in self._systems(lr):
-            scores = score(restored, hr, self.lpips)
+            scores = score(restored, hr, lpips)
             figures[system] = {"scores": vars(scores), "seconds": seconds}
             pictures[system] = encode(restored) if row["index"] in self.shown else b""
         megapixels = hr.shape[0] * hr.shape[1] / 1e6
@@ -165,13 +156,19 @@ class _Scorer:
         return {**row, **pictures, "figures": document}
 
     def _systems(self, lr: Bytes) -> Iterator[tuple[str, Bytes, float]]:
+        network = network_of_this_process(self.model)
         begin = time.perf_counter()
-        yield BICUBIC, bicubic_upsample(lr, self.network.scale), time.perf_counter() - begin
+        yield BICUBIC, bicubic_upsample(lr, network.scale), time.perf_counter() - begin
         for steps in self.steps:
             settings = self.settings.model_copy(update={"steps": steps})
             begin = time.perf_counter()
-            restored = restore(self.network, lr, settings)
+            restored = restore(network, lr, settings)
             yield system_name(steps), restored, time.perf_counter() - begin
+
+
+@lru_cache(maxsize=1)
+def _lpips_of_this_process(weights: Path) -> Lpips:
+    return Lpips.load(weights)
 
 
 def _collect(benchmark: str, rows: list[dict[str, Any]]) -> Evaluation:

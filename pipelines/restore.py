@@ -1,5 +1,4 @@
-"""Restore many pictures: a folder or shards in, pictures of the same names out, by a pool of
-actors.
+"""Restore many pictures: a folder or shards in, pictures of the same names out.
 
 One bad picture never stops the work: it is reported with its reason. A result is written aside and
 renamed, and a picture whose result exists is left alone, so the same command continues a job that
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ray.data
-import torch
 
-from pipelines.runtime import actor_count, ensure_ray, quiet_ray_data, with_arguments
+from pipelines.runtime import ensure_ray, network_of_this_process, quiet_ray_data
 from teasr.backbones import load_backbone
 from teasr.errors import TeasrError, UsageError
 from teasr.images import PICTURE_SUFFIXES, decode
@@ -76,9 +74,7 @@ def restore_many(
         ensure_ray()
         with quiet_ray_data():
             rows = ray.data.from_items(missing, override_num_blocks=len(missing)).map(
-                with_arguments(_Restorer, model, settings, format),
-                compute=ray.data.ActorPoolStrategy(size=actor_count(len(missing))),
-                num_cpus=1,
+                _Restorer(model, settings, format), num_cpus=1
             )
             for row in rows.iter_rows():
                 if row["error"]:
@@ -109,20 +105,20 @@ def _jobs(source: str, destination: Path, format: str) -> Iterator[dict[str, Any
             yield {"name": str(relative), "path": str(path), "target": str(target), "shard": False}
 
 
+@dataclass(frozen=True)
 class _Restorer:
-    """Holds the model; restores one picture at a time."""
+    """Restores one picture; travels to Ray's tasks."""
 
-    def __init__(self, model: Path, settings: RestorationSettings, format: str) -> None:
-        torch.set_num_threads(1)  # one CPU of Ray's
-        self.network = load_backbone(model)
-        self.settings = settings
-        self.format = format
+    model: Path
+    settings: RestorationSettings
+    format: str
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         error = ""
         try:
             picture = decode(_bytes(row))
-            restored = restore_picture(self.network, picture, self.settings, self.format)
+            network = network_of_this_process(self.model)
+            restored = restore_picture(network, picture, self.settings, self.format)
             target = Path(row["target"]).absolute()
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(str(target), restored)

@@ -6,11 +6,14 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
 
 import ray
 import ray.data
+import torch
 
+from teasr.backbones import DualBranchDiT, load_backbone
 from teasr.errors import TeasrError
 
 # The pipelines pass names and figures through the object store, never pictures.
@@ -84,21 +87,11 @@ def quiet_ray_data() -> Iterator[None]:
             item.setLevel(level)
 
 
-def actor_count(items: int) -> int:
-    """Actors of one CPU each for `items` pieces of work; one of Ray's CPUs stays for reading."""
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    return max(1, min(cpus - 1, items))
+@lru_cache(maxsize=1)
+def network_of_this_process(model: Path) -> DualBranchDiT:
+    """The network in the folder `model`, loaded once per Ray worker and kept for its next tasks.
 
-
-def with_arguments(actor: type, *arguments: Any) -> type:
-    """A class like `actor` that is built without arguments.
-
-    Ray keeps an actor's arguments in the object store, from where a restart on another node may not
-    get them back (ray 53727); a class travels by itself.
+    Computes on one thread: a task has one of Ray's CPUs.
     """
-
-    class Bound(actor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(*arguments)
-
-    return Bound
+    torch.set_num_threads(1)
+    return load_backbone(model)

@@ -40,15 +40,24 @@ def test_a_step_that_fails_or_was_cut_off_is_done_again(tmp_path: Path) -> None:
 def test_benchmark_photographs_are_chosen_once(tmp_path: Path) -> None:
     record = tmp_path / "held-out.json"
     photos = [f"/photos/{i}.jpg" for i in range(20)]
-    chosen = split(photos, 0.15, record)
+    chosen = split(photos, 0.15, record, usable=bool)
     assert len(chosen) == 3
     grown = photos + [f"/photos/new{i}.jpg" for i in range(50)]
-    assert split(grown, 0.15, record) == chosen
+    assert split(grown, 0.15, record, usable=bool) == chosen
     # The choice follows names, so another machine makes the same one.
-    assert split([f"/other{p}" for p in photos], 0.15, tmp_path / "other.json") == {
+    assert split([f"/other{p}" for p in photos], 0.15, tmp_path / "other.json", usable=bool) == {
         f"/other{p}" for p in chosen
     }
 
 
 def test_one_photograph_cannot_be_split(tmp_path: Path) -> None:
-    assert split(["/photos/a.jpg"], 0.15, tmp_path / "held-out.json") == set()
+    record = tmp_path / "held-out.json"
+    assert split(["/photos/a.jpg"], 0.15, record, usable=bool) == set()
+    assert not record.exists()  # with more photographs, the choice is still open
+
+
+def test_broken_photographs_are_not_measured_on(tmp_path: Path) -> None:
+    photos = [f"/photos/{i}.jpg" for i in range(20)]
+    first = split(photos, 0.15, tmp_path / "all.json", usable=bool)
+    chosen = split(photos, 0.15, tmp_path / "some.json", usable=lambda photo: photo not in first)
+    assert len(chosen) == 3 and not chosen & first
