@@ -27,6 +27,10 @@ from teasr.sampler import SamplerSettings, noise_draws, sample
 class RestorationSettings(SamplerSettings):
     """How a picture is restored; the sampler's settings, and:"""
 
+    warp: tuple[float, float] | None = (0.05, 1.0)
+    """Levels stay near 1, where a small network's one-step pictures are best: each step restores
+    anew, knowing the last result. None spreads them evenly, which suits a network that was trained
+    long enough to draw detail from low noise levels."""
     seed: int = Field(0, ge=0)
     """Seed of the noise; equal seeds give equal pictures."""
     tile: int = Field(32, ge=8)
