@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -302,7 +304,7 @@ def history(
     )
     for record in registry.history(client, name):
         records.add_row(
-            record.at,
+            record.at[:16].replace("T", " "),
             record.action,
             str(record.version),
             str(record.replaced or "-"),
@@ -488,9 +490,12 @@ def _say(*lines: str) -> None:
 
 
 def _next(*commands: str) -> None:
+    """Say what to run next, in words that run from here: the environment may not be on the path."""
+    prefix = "" if shutil.which("teasr") else f"{os.path.relpath(Path(sys.executable).parent)}/"
     console.print("[dim]next:[/]")
     for command in commands:
-        console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
+        runnable = re.sub(r"(^|(?<= ))(teasr|mlflow) ", rf"{prefix}\2 ", command, count=1)
+        console.print(f"  {runnable}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -66,6 +66,7 @@ def quiet_ray_data() -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # they judge memory that libraries take once
     # Ray Data warns of the very setting above.
     progress = logging.getLogger("ray.data._internal.progress")
     consoles = [
