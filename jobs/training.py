@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def train(config: Mapping[str, Any]) -> None:
 
     engine = Engine(_network(recipe, config["init"]), recipe.engine, training.batch)
     objective = Objective(recipe.objective, _lpips(recipe, engine.device, engine.settings.dtype))
+    agree = partial(_agree, workers=workers, device=engine.device)
     target_network = engine.averaged_network if recipe.engine.ema_decay > 0 else None
     position = Position()
     checkpoint = ray.train.get_checkpoint()
@@ -90,7 +92,7 @@ def train(config: Mapping[str, Any]) -> None:
         if started is None:
             waiting = started = time.monotonic()
         window.waited += time.monotonic() - waiting
-        progress = _agree(position.share_of(training), workers)
+        progress = agree(position.share_of(training))
         if progress >= 1:
             break
 
@@ -100,11 +102,12 @@ def train(config: Mapping[str, Any]) -> None:
         losses = objective(
             engine.network, hr, lr, generator, progress=progress, target_network=target_network
         )
-        if _agree(float(losses.is_finite()), workers) == 1:
+        norm = None
+        if agree(float(losses.is_finite())) == 1:
             norm = engine.step(losses.total, progress)
             position.steps = engine.steps
+            window.add(losses.terms, losses.total, norm, training.batch * workers)
         else:
-            norm = None
             position.bad_steps += 1
             _check_bad_steps(position, losses.not_finite(), training)
         position.samples += training.batch * workers
@@ -112,13 +115,12 @@ def train(config: Mapping[str, Any]) -> None:
 
         now = time.monotonic()
         position.seconds = before + now - started
-        window.add(losses.terms, losses.total, norm, training.batch * workers)
         if logger and norm is not None and position.steps % training.log_every == 0:
             values = window.take()
             values["learning_rate"] = engine.settings.learning_rate_at(progress)
             logger.log(position.steps, values)
             _write_progress(Path(config["folder"]), position, progress, values)
-        if _agree(float(now - saved > 60 * training.checkpoint_minutes), workers) == 1:
+        if agree(float(now - saved > 60 * training.checkpoint_minutes)) == 1:
             _report(engine, position, recipe)
             saved = time.monotonic()
         waiting = time.monotonic()
@@ -164,11 +166,11 @@ def _generator(seed: int, samples: int, rank: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) >> 1)
 
 
-def _agree(value: float, workers: int) -> float:
+def _agree(value: float, workers: int, device: torch.device) -> float:
     """The smallest value over all workers: one decision, however their clocks differ."""
     if workers == 1:
         return value
-    tensor = torch.tensor([value], dtype=torch.float64)
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
     return float(tensor)
 

@@ -163,7 +163,6 @@ def test_an_absent_mlflow_server_is_told(run: Run, monkeypatch: pytest.MonkeyPat
     assert code == 1 and "does not answer" in err and "secret" not in err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told(model: str, tmp_path: Path, photo: Callable[..., np.ndarray]) -> None:
     """A small file system that is full, where the machine lets us mount one."""
     small = tmp_path / "small"
