@@ -31,7 +31,7 @@ from teasr.backbones.folder import DESCRIPTION_FILE, WEIGHTS_FILE, built_in_mode
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import Evaluation, summary_rows
 from teasr.gate import GateSettings, Verdict, decide
-from teasr.tracking import connect, experiment_id, git_commit, home, store_exists
+from teasr.tracking import connect, experiment_id, git_commit, home, keep_mlflow_quiet, store_exists
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -212,6 +212,7 @@ def save_model(folder: Path, destination: Path, mlflow_model: Model | None = Non
     Raises:
         UsageError: when `folder` holds no model.
     """
+    keep_mlflow_quiet()
     import mlflow
 
     _check_weights(folder)

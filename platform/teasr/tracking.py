@@ -73,9 +73,7 @@ def connect(home: Path | None = None) -> MlflowClient:
         TeasrError: when the store cannot be opened, a server does not answer or refuses us.
     """
     uri = tracking_uri(home or _home())
-    # Before the import, which would report to MLflow's makers. What the user set stays.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    keep_mlflow_quiet()
     import mlflow
 
     for noisy in ("mlflow", "alembic"):
@@ -109,6 +107,15 @@ def connect(home: Path | None = None) -> MlflowClient:
             f"The MLflow store at {mask_credentials(uri)} cannot be opened: {reason}."
         ) from None
     return client
+
+
+def keep_mlflow_quiet() -> None:
+    """Before MLflow is imported, which is when it reads these: no reports to its makers, no bars.
+
+    What the user set stays.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def mask_credentials(url: str) -> str:
