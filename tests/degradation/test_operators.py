@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import cv2
 import numpy as np
@@ -60,6 +61,18 @@ def test_area_resize_is_the_mean_of_blocks(picture) -> None:
     result = operators.resize(picture, 16, 20, "area")
     blocks = picture.reshape(16, 4, 20, 4, 3).mean(axis=(1, 3))
     np.testing.assert_allclose(result, blocks, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(41, 29), (13, 80), (64, 7), (91, 133)])
+def test_area_resize_is_the_mean_of_every_pixel_that_a_window_touches(picture, size) -> None:
+    height, width = size
+    expected = np.zeros((height, width, 3))
+    for row in range(height):
+        for column in range(width):
+            top, bottom = row * 64 // height, math.ceil((row + 1) * 64 / height)
+            left, right = column * 80 // width, math.ceil((column + 1) * 80 / width)
+            expected[row, column] = picture[top:bottom, left:right].mean(axis=(0, 1))
+    np.testing.assert_allclose(operators.resize(picture, *size, "area"), expected, atol=1e-6)
 
 
 def test_unknown_resize_mode_names_the_known_ones(picture) -> None:
@@ -175,6 +188,21 @@ def test_jpeg_is_an_ordinary_420_jpeg(photo) -> None:
     expected = np.asarray(Image.open(buffer)).astype(float)
     result = operators.jpeg(operators.to_float(colours), 50) * 255
     assert np.abs(result - expected).mean() < 0.5
+
+
+def test_colour_jitter_adds_to_each_channel_and_clips(picture) -> None:
+    shifted = operators.colour_jitter(picture, [-20.0, 0.0, 12.5])
+    assert shifted.dtype == np.float32
+    expected = (picture * 255 + [-20.0, 0.0, 12.5]).clip(0, 255)
+    np.testing.assert_allclose(shifted * 255, expected, atol=1e-3)
+    with pytest.raises(UsageError, match="2 shifts"):
+        operators.colour_jitter(picture, [1.0, 2.0])
+
+
+def test_greyscale_is_the_luma_in_every_channel(picture) -> None:
+    grey = operators.greyscale(picture)
+    luma = picture @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(grey, luma[..., None].repeat(3, axis=2), atol=1e-6)
 
 
 def test_rounding_to_bytes() -> None:

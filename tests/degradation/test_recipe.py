@@ -11,9 +11,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy.stats import kstest
 
 from teasr.degradation import (
     PRESETS,
+    ColourSettings,
     Degradation,
     DegradationSettings,
     Step,
@@ -24,7 +26,7 @@ from teasr.degradation import (
     unsharp_mask,
 )
 from teasr.degradation.operators import to_float, to_uint8
-from teasr.degradation.steps import draw_blur, draw_noise
+from teasr.degradation.steps import draw_blur, draw_colour, draw_noise
 from teasr.errors import UsageError
 
 
@@ -65,6 +67,42 @@ def test_noise_has_the_stated_probabilities() -> None:
     assert np.mean([s.operator == "gaussian_noise" for s in steps]) == pytest.approx(0.5, abs=0.03)
     assert np.mean([s.params["grey"] for s in steps]) == pytest.approx(0.4, abs=0.03)
     assert len({s.params["seed"] for s in steps}) == 4000
+
+
+def test_colour_has_the_stated_probabilities_and_range() -> None:
+    generator = np.random.default_rng(4)
+    settings = ColourSettings(jitter_probability=0.3, grey_probability=0.1)
+    drawn = [draw_colour(settings, generator) for _ in range(4000)]
+    names = Counter(" ".join(step.operator for step in steps) for steps in drawn)
+    expected = {
+        "": 0.63, "colour_jitter": 0.27, "greyscale": 0.07, "colour_jitter greyscale": 0.03,
+    }  # fmt: skip
+    assert set(names) == set(expected)
+    assert chi_square(names, expected) < 16.3  # 3 degrees of freedom, p = 0.001
+    steps = [step for some in drawn for step in some if step.operator == "colour_jitter"]
+    shifts = np.array([step.params["shift"] for step in steps])
+    assert kstest(shifts.ravel(), "uniform", args=(-20, 40)).pvalue > 0.001
+    assert np.abs(np.corrcoef(shifts.T) - np.eye(3)).max() < 0.12  # channels on their own
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_colour_comes_last_and_changes_nothing_before_it(name: str) -> None:
+    """What is off draws nothing from the generator, so earlier seeds keep their bytes."""
+    settings = PRESETS[name]
+    colour = ColourSettings(jitter_probability=1, grey_probability=1, jitter_shift=5)
+    coloured = settings.model_copy(update={"colour": colour})
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        steps = draw(settings, 64, 64, generator)
+        state = generator.bit_generator.state
+        assert draw_colour(settings.colour, generator) == []
+        assert generator.bit_generator.state == state
+        *same, jitter, grey = draw(coloured, 64, 64, np.random.default_rng(seed))
+        assert same == steps
+        assert jitter.operator == "colour_jitter" and grey == Step("greyscale", {})
+        # The generator goes on where it stood: not one number was drawn for what was off.
+        generator.random()
+        assert jitter.params["shift"] == generator.uniform(-5, 5, 3).tolist()
 
 
 @pytest.mark.parametrize("name", PRESETS)

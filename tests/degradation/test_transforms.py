@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import albumentations as A
 import numpy as np
 import pytest
 
 from teasr.degradation import (
+    PRESETS,
+    ColourDegradation,
     Degradation,
     JPEGCompression,
     RandomResize,
     RealESRGAN,
     RealESRGANBlur,
     RealESRGANNoise,
+    replay,
     sample_seed,
 )
 from teasr.errors import UsageError
@@ -24,7 +28,12 @@ TRANSFORMS = {
     "resize": lambda: RandomResize(scale_range=(0.4, 1.3)),
     "noise": lambda: RealESRGANNoise(gaussian_sigma_range=(2, 20), p=0.9),
     "jpeg": lambda: JPEGCompression(quality_range=(20, 40)),
+    "colour": lambda: ColourDegradation(jitter_probability=0.9, grey_probability=0.3),
     "all": lambda: RealESRGAN("realesrgan"),
+    "own": lambda: RealESRGAN(
+        PRESETS["teasr"].model_dump()
+        | {"name": "own", "sharpen_ground_truth": True, "colour": {"jitter_probability": 0.5}}
+    ),
 }
 
 
@@ -92,6 +101,28 @@ def test_float_pictures_stay_float_in_range_and_agree_with_bytes(photo) -> None:
         assert np.abs(of_floats * 255 - of_bytes).mean() < 0.5
 
 
+def test_a_preset_of_ones_own_survives_its_file(photo, tmp_path: Path) -> None:
+    path = tmp_path / "faces.yaml"
+    path.write_text(
+        "extends: teasr\nsharpen_ground_truth: true\n"
+        "colour: {jitter_probability: 0.3, grey_probability: 0.5}\n"
+    )
+    image = photo(64, 64, 12)
+    compose = A.Compose([RealESRGAN(path)])
+    saved = json.loads(json.dumps(A.to_dict(compose)))
+    degrade = Degradation(path, seed=3)
+    path.unlink()
+    again = A.from_dict(saved)
+    for side in (compose, again):
+        side.set_random_seed(2)
+    assert run(again, image) == run(compose, image)
+    names = [step["operator"] for step in again[0].get_applied_params()["steps"]]
+    assert names[0] == "unsharp_mask"
+    pairs = [degrade(image, "k", variant) for variant in range(8)]
+    assert all(replay(pair.hr, pair.recipe).tobytes() == pair.lr.tobytes() for pair in pairs)
+    assert {pair.recipe["steps"][-1]["operator"] for pair in pairs} > {"greyscale"}
+
+
 def test_it_composes_with_albumentations_own(photo) -> None:
     compose = A.Compose([A.RandomCrop(32, 32), A.HorizontalFlip(), RealESRGAN("teasr")], seed=5)
     assert compose(image=photo(64, 64))["image"].shape == (8, 8, 3)
@@ -106,6 +137,8 @@ def test_the_factor_of_a_resize_is_in_its_range(photo) -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(UsageError, match=r"RealESRGANBlur: .*'sigma_rnge'.*'sigma_range'"):
         RealESRGANBlur(sigma_rnge=(1, 2))
+    with pytest.raises(UsageError, match=r"ColourDegradation: .*'jitter_shift'"):
+        ColourDegradation(jitter_shift=300)
     with pytest.raises(UsageError, match=r"JPEGCompression: 'quality_range'"):
         JPEGCompression(quality_range=(0, 101))
     with pytest.raises(UsageError, match="Accepted: realesrgan, teasr"):

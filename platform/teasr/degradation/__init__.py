@@ -17,6 +17,7 @@ from teasr.degradation.presets import (
     PRESETS,
     SCALE,
     BlurSettings,
+    ColourSettings,
     DegradationSettings,
     JPEGSettings,
     KernelMixture,
@@ -31,6 +32,7 @@ from teasr.degradation.steps import Step, apply, draw
 
 if TYPE_CHECKING:
     from teasr.degradation.transforms import (
+        ColourDegradation,
         JPEGCompression,
         RandomResize,
         RealESRGAN,
@@ -42,6 +44,8 @@ __all__ = [
     "PRESETS",
     "SCALE",
     "BlurSettings",
+    "ColourDegradation",
+    "ColourSettings",
     "Degradation",
     "DegradationSettings",
     "JPEGCompression",

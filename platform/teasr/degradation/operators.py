@@ -15,6 +15,7 @@ Source: Real-ESRGAN (arXiv 2107.10833), section 3; BasicSR for units and roundin
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -42,6 +43,9 @@ _KERNEL_TOLERANCE = 1e-5
 # the picture's size (measured). So a small kernel is split only when one pass does it.
 _DIRECT_SIZE = 11
 _MAX_TERMS = 7
+_REMAP_LIMIT = 1 << 15  # OpenCV's remap counts in 16 bits
+# Noise is made for so many values at a time: all of them would fill the memory of large pictures.
+_STRIP = 1 << 17
 # Below this mean a Poisson count is drawn from its own distribution, above it from the expansion.
 _SMALL_MEAN = 16.0
 
@@ -99,11 +103,13 @@ def blur(image: Image, shape: str, size: int, **numbers: float) -> Image:
 def resize(image: Image, height: int, width: int, mode: str) -> Image:
     """Resize to `(height, width)` by "area", "bilinear" or "bicubic" (a = -0.75), no antialiasing.
 
-    "area" averages the covered source pixels, fractions included; when it enlarges it is close to
-    nearest neighbour, as the reference's adaptive pooling is.
+    "area" is `adaptive_average`.
     """
     if mode not in RESIZE_MODES:
         raise UsageError(f"Unknown resize mode '{mode}'.", f"Known: {', '.join(RESIZE_MODES)}.")
+    # OpenCV weighs partly covered pixels by their share; whole factors cover none in part.
+    if mode == "area" and (image.shape[0] % height or image.shape[1] % width):
+        return adaptive_average(image, height, width)
     return np.asarray(cv2.resize(image, (width, height), interpolation=RESIZE_MODES[mode]))
 
 
@@ -116,11 +122,15 @@ def gaussian_noise(image: Image, sigma: float, grey: bool, seed: int) -> Image:
         grey: one noise field for all channels.
         seed: integer of the noise's own generator.
     """
-    height, width, channels = image.shape
-    noise = _normal_table().take(_uniform16((height, width, 1 if grey else channels), seed))
-    noise *= np.float32(sigma / 255)
-    noise = image + noise
-    return np.clip(noise, 0.0, 1.0, out=noise)
+    channels = 1 if grey else image.shape[2]
+    result = np.empty_like(image)
+    table = _normal_table() * np.float32(sigma / 255)
+    for rows, uniform in _uniform16(image.shape[0], image.shape[1] * channels, seed):
+        part = image[rows]
+        noise = table.take(uniform).reshape(*part.shape[:2], channels)
+        np.add(part, noise, out=result[rows])
+        np.clip(result[rows], 0.0, 1.0, out=result[rows])
+    return result
 
 
 def poisson_noise(image: Image, scale: float, grey: bool, seed: int) -> Image:
@@ -141,29 +151,34 @@ def poisson_noise(image: Image, scale: float, grey: bool, seed: int) -> Image:
     present = cv2.calcHist([values], [0], None, [256], [0, 256]).ravel() > 0
     levels = 2 ** math.ceil(math.log2(int(present.sum())))
     means = np.arange(256) * (levels / 255)
-    uniform = _uniform16(values.shape, seed)
 
     # Poisson quantile by Cornish-Fisher: round(m + s z + (z^2 - 1) / 6). The variances of the
     # rounding (1/12) and of the quadratic term (1/18) are taken out of s, so that mean and variance
     # are exact.
-    normal = _normal_table().take(uniform)
     spread = np.sqrt(np.maximum(means - 5 / 36, 0.0)).astype(np.float32)
-    noise = normal * np.float32(1 / 6)
-    noise += cv2.LUT(values, spread)
-    noise *= normal
-    noise += cv2.LUT(values, (means - 1 / 6).astype(np.float32))
-    np.rint(noise, out=noise)
+    centre = (means - 1 / 6).astype(np.float32)
     small = np.flatnonzero(present & (means < _SMALL_MEAN))
     if len(small):
         quantiles = np.concatenate([_poisson_quantiles(float(means[value])) for value in small])
         start = np.zeros(256, dtype=np.intp)
         start[small] = np.arange(len(small)) * 65536
-        here = np.flatnonzero(values <= small[-1])
-        noise.put(here, quantiles.take(start.take(values.take(here)) + uniform.take(here)))
-    noise -= cv2.LUT(values, means.astype(np.float32))
-    noise *= np.float32(scale / levels)
-    noise = image + noise.reshape(*image.shape[:2], -1)
-    return np.clip(noise, 0.0, 1.0, out=noise)
+    result = np.empty_like(image)
+    for rows, uniform in _uniform16(*values.shape, seed):
+        part = values[rows]
+        normal = _normal_table().take(uniform)
+        noise = normal * np.float32(1 / 6)
+        noise += cv2.LUT(part, spread)
+        noise *= normal
+        noise += cv2.LUT(part, centre)
+        np.rint(noise, out=noise)
+        if len(small):
+            here = np.flatnonzero(part <= small[-1])
+            noise.put(here, quantiles.take(start.take(part.take(here)) + uniform.take(here)))
+        noise -= cv2.LUT(part, means.astype(np.float32))
+        noise *= np.float32(scale / levels)
+        np.add(image[rows], noise.reshape(len(part), image.shape[1], -1), out=result[rows])
+        np.clip(result[rows], 0.0, 1.0, out=result[rows])
+    return result
 
 
 def jpeg(image: Image, quality: int) -> Image:
@@ -196,12 +211,21 @@ def unsharp_mask(
     return np.asarray(image + mask * (sharp - image))
 
 
-def _uniform16(shape: tuple[int, ...], seed: int) -> NDArray[np.uint16]:
-    """Independent uniform integers in [0, 65535], from the raw bits of SFC64."""
-    count = math.prod(shape)
-    words = np.random.SFC64(seed).random_raw((count + 3) // 4)
-    # Little-endian on every machine, so that equal seeds mean equal noise.
-    return words.astype("<u8", copy=False).view("<u2")[:count].reshape(shape)
+def _uniform16(height: int, width: int, seed: int) -> Iterator[tuple[slice, NDArray[np.uint16]]]:
+    """Independent uniform integers in [0, 65535], from the raw bits of SFC64, strip by strip.
+
+    Yields rows and their integers, `(rows, width)`. A strip is small enough to stay in the cache,
+    and has a whole number of the generator's 64-bit words.
+    """
+    generator = np.random.SFC64(seed)
+    rows = max(4, _STRIP // width // 4 * 4)
+    for top in range(0, height, rows):
+        shape = min(rows, height - top), width
+        size = math.prod(shape)
+        words = generator.random_raw((size + 3) // 4)
+        # Little-endian on every machine, so that equal seeds mean equal noise.
+        uniform = words.astype("<u8", copy=False).view("<u2")[:size].reshape(shape)
+        yield slice(top, top + rows), uniform
 
 
 @cache
@@ -217,3 +241,62 @@ def _poisson_quantiles(mean: float) -> Bytes:
     counts = np.arange(128)
     below = np.rint(pdtr(counts, mean) * 65536).astype(np.intp)  # quantiles up to each count
     return np.repeat(counts.astype(np.uint8), np.diff(below, prepend=0))
+
+
+def adaptive_average(image: Image, height: int, width: int) -> Image:
+    """Resize to `(height, width)` by adaptive average pooling, the reference's "area" mode.
+
+    Row `i` of the result is the plain mean of the source rows from `floor(i H / height)` up to
+    `ceil((i + 1) H / height)`, and so for columns. A source pixel that two windows share counts in
+    full in both, which makes the result softer than OpenCV's `INTER_AREA` does.
+    """
+    if height >= image.shape[0] and width >= image.shape[1] and max(height, width) < _REMAP_LIMIT:
+        # A window has one pixel, or two: the bilinear value half-way between them is their mean.
+        y, x = _window_centres(image.shape[0], height), _window_centres(image.shape[1], width)
+        maps = np.tile(x, (height, 1)), np.repeat(y[:, None], width, axis=1)
+        return np.asarray(cv2.remap(image, *maps, cv2.INTER_LINEAR))
+    rows = cv2.transpose(_average_rows(image, height))
+    return np.asarray(cv2.transpose(_average_rows(np.asarray(rows), width)))
+
+
+def _window_centres(size: int, count: int) -> NDArray[np.float32]:
+    """Middle of each of `count` windows over `size` pixels, in pixels from the first one's."""
+    index = np.arange(count)
+    first, last = index * size // count, -(-(index + 1) * size // count) - 1
+    return ((first + last) / 2).astype(np.float32)
+
+
+def _average_rows(image: Image, count: int) -> Image:
+    index = np.arange(count)
+    first = index * len(image) // count
+    lengths = -(-(index + 1) * len(image) // count) - first
+    source = image.reshape(len(image), -1)
+    total = source.take(first, axis=0)
+    shortest = int(lengths.min())
+    for offset in range(1, shortest):
+        total += source.take(first + offset, axis=0)
+    for offset in range(shortest, int(lengths.max())):
+        longer = np.flatnonzero(lengths > offset)
+        total[longer] += source.take(first[longer] + offset, axis=0)
+    total *= np.reciprocal(lengths, dtype=np.float32)[:, None]
+    return total.reshape(count, *image.shape[1:])
+
+
+def colour_jitter(image: Image, shift: Sequence[float]) -> Image:
+    """Add `shift / 255` to the channels, clipped to [0, 1]: a colour cast.
+
+    Args:
+        image: picture, float32.
+        shift: what red, green and blue get, grey levels of 255.
+
+    Raises:
+        UsageError: when there are not three shifts.
+    """
+    if len(shift) != 3:
+        raise UsageError(f"Colour jitter by {len(shift)} shifts.", "Give one per channel: 3.")
+    return np.clip(image + np.divide(shift, 255, dtype=np.float32), 0.0, 1.0)
+
+
+def greyscale(image: Image) -> Image:
+    """The luma `0.299 R + 0.587 G + 0.114 B` (ITU-R BT.601) in all three channels."""
+    return np.asarray(cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))

@@ -140,6 +140,20 @@ class JPEGSettings(_Section):
     """Lowest and highest quality; every integer between is equally likely."""
 
 
+class ColourSettings(_Section):
+    """Colour casts and grey pictures at the LR size, both off unless a probability is given.
+
+    Face restoration degrades so; GFPGAN (arXiv 2101.04061) takes 0.3, 20 and 0.01.
+    """
+
+    jitter_probability: Probability = 0.0
+    """Probability of a colour cast."""
+    jitter_shift: float = Field(20.0, ge=0, le=255)
+    """Most that the cast adds to or takes from a channel, grey levels of 255."""
+    grey_probability: Probability = 0.0
+    """Probability that the picture loses its colours."""
+
+
 class StageSettings(_Section):
     """One stage: blur, resize, noise, JPEG, in this order."""
 
@@ -166,6 +180,8 @@ class DegradationSettings(_Section):
     """Second stage, on the result of the first."""
     final_sinc_probability: Probability = 0.8
     """Probability of the last sinc filter, at the LR size."""
+    colour: ColourSettings = ColourSettings()
+    """Colour cast and loss of colours, after everything else; off unless asked for."""
     sharpen_ground_truth: bool = False
     """Sharpen the ground truth by unsharp masking first, and degrade the sharpened picture.
 

@@ -24,7 +24,7 @@ from teasr.degradation.presets import SCALE, DegradationSettings, load_preset
 from teasr.degradation.steps import Step, apply, draw
 from teasr.errors import UsageError
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2  # 2: the resize mode "area" became the reference's adaptive average
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from teasr.degradation.kernels import PLATEAUS
 from teasr.degradation.presets import (
     SCALE,
     BlurSettings,
+    ColourSettings,
     DegradationSettings,
     JPEGSettings,
     NoiseSettings,
@@ -34,6 +35,8 @@ OPERATORS: Mapping[str, Callable[..., operators.Image]] = {
     "poisson_noise": operators.poisson_noise,
     "jpeg": operators.jpeg,
     "unsharp_mask": operators.unsharp_mask,
+    "colour_jitter": operators.colour_jitter,
+    "greyscale": operators.greyscale,
 }
 # Seeds stay below 2^53: exact in every JSON reader, not only in those with integers.
 _NOISE_SEEDS = 2**53
@@ -129,6 +132,17 @@ def draw_jpeg(settings: JPEGSettings, generator: np.random.Generator) -> Step:
     return Step("jpeg", {"quality": int(generator.integers(low, high + 1))})
 
 
+def draw_colour(settings: ColourSettings, generator: np.random.Generator) -> list[Step]:
+    """A colour cast, then grey, each with its probability; what is off draws nothing."""
+    steps = []
+    if settings.jitter_probability and generator.random() < settings.jitter_probability:
+        most = settings.jitter_shift
+        steps.append(Step("colour_jitter", {"shift": generator.uniform(-most, most, 3).tolist()}))
+    if settings.grey_probability and generator.random() < settings.grey_probability:
+        steps.append(Step("greyscale", {}))
+    return steps
+
+
 def draw(
     settings: DegradationSettings, height: int, width: int, generator: np.random.Generator
 ) -> list[Step]:
@@ -136,7 +150,7 @@ def draw(
 
     Stage one: blur, resize, noise, JPEG. Stage two: blur with its probability, resize relative to
     the LR size, noise; then, by the toss of a coin, [resize to the LR size, final sinc] before or
-    after the JPEG. With `sharpen_ground_truth` an unsharp mask comes first.
+    after the JPEG; last, the colour steps. With `sharpen_ground_truth` an unsharp mask comes first.
 
     Raises:
         UsageError: when height or width is no positive multiple of 4.
@@ -165,7 +179,8 @@ def draw(
         size = sizes[0] + 2 * int(generator.integers((sizes[1] - sizes[0]) // 2 + 1))
         to_low.append(_sinc(size, math.pi / 3, generator))
     resize_first = generator.random() < 0.5
-    return [*steps, *to_low, compression] if resize_first else [*steps, compression, *to_low]
+    tail = [*to_low, compression] if resize_first else [compression, *to_low]
+    return [*steps, *tail, *draw_colour(settings.colour, generator)]
 
 
 def apply(image: NDArray[Any], steps: Iterable[Step]) -> NDArray[Any]:

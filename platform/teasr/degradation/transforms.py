@@ -28,6 +28,7 @@ import albumentations as A
 from teasr.config import Settings
 from teasr.degradation.presets import (
     BlurSettings,
+    ColourSettings,
     DegradationSettings,
     JPEGSettings,
     NoiseSettings,
@@ -39,6 +40,7 @@ from teasr.degradation.steps import (
     apply,
     draw,
     draw_blur,
+    draw_colour,
     draw_jpeg,
     draw_noise,
     draw_resize,
@@ -135,6 +137,22 @@ class JPEGCompression(_OperatorTransform):
 
     def draw_steps(self, height: int, width: int) -> list[Step]:
         return [draw_jpeg(self.settings, self.random_generator)]
+
+
+class ColourDegradation(_OperatorTransform):
+    """A colour cast and the loss of colours; fields: `ColourSettings`, whose probabilities are 0.
+
+        ColourDegradation(jitter_probability=0.3, grey_probability=0.01)   # GFPGAN's
+
+    Raises:
+        UsageError: when a field is unknown or out of range.
+    """
+
+    settings_class = ColourSettings
+    settings: ColourSettings
+
+    def draw_steps(self, height: int, width: int) -> list[Step]:
+        return draw_colour(self.settings, self.random_generator)
 
 
 class RealESRGAN(DrawnTransform):
