@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import webdataset
+from webdataset.writer import TarWriter
 
 from teasr.errors import TeasrError, UsageError
 from teasr.shards import (
@@ -51,6 +52,17 @@ def test_round_trip_and_figures(tmp_path: Path) -> None:
     assert list(read_shard(str(tmp_path / "new" / "hr-00000.tar"))) == samples()
     assert (info.name, info.samples, info.bytes) == ("hr-00000.tar", 3, len(data))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["hr-00000.tar"]
+
+
+def test_a_shard_is_what_webdataset_would_write(tmp_path: Path) -> None:
+    samples = [Sample(f"k{i}", {"webp": bytes([i]) * 700, "json": b"{}"}) for i in range(5)]
+    write_shard(str(tmp_path / "ours.tar"), samples)
+    with (tmp_path / "theirs.tar").open("wb") as file:
+        writer = TarWriter(file, encoder=False, mtime=0, user="teasr", group="teasr")
+        for sample in samples:
+            writer.write({"__key__": sample.key, **sample.members})
+        writer.close()
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
@@ -172,6 +184,14 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path) -> None:
         (["a.hr.png", "a.lr.png", "a.txt", "a.json"], "'a' has unknown members"),
         (["a", "b.png"], "'a' is no file of a sample"),
         (["f/a.png", "f/a.json"], "'f/a'"),
+        (["../a.png", "../a.json"], "'../a'"),
+        (["/etc/a.png", "/etc/a.json"], "'/etc/a'"),
+        (["a.b.png", "a.b.json"], "'a' has no .json member (members: b.json, b.png)"),
+        (["a.png", "a.jpg", "a.json"], "'a' is neither"),
+        (["a.png", "a.hr.png", "a.lr.png", "a.json"], "'a' is neither"),
+        (["x" * 90 + ".png", "x" * 90 + ".json"], "it has 90 bytes"),
+        (["\udcff.png", "\udcff.json"], r"'\udcff' cannot be used"),
+        (["a.\udcff", "a.json"], r"'a.\udcff' is no file of a sample"),
     ],
 )
 def test_orphans_and_duplicates_are_named(names: list[str], said: str, tmp_path: Path) -> None:
@@ -180,6 +200,57 @@ def test_orphans_and_duplicates_are_named(names: list[str], said: str, tmp_path:
         list(read_shard(url))
     assert "odd.tar" in str(caught.value)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_other_writers_headers_are_read_and_their_names_held_to_the_rules(
+    format: int, tmp_path: Path
+) -> None:
+    for key, said in (("kůň", ""), ("long" * 30, "it has 120 bytes")):
+        path = tmp_path / "other.tar"
+        with tarfile.open(path, "w", format=format) as tar:
+            for suffix in ("png", "json"):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = 1
+                member.pax_headers = {"comment": "of another writer"}
+                tar.addfile(member, io.BytesIO(b"x"))
+        if said:
+            with pytest.raises(BadShard, match=rf"other\.tar: The key '{key}'.*{said}"):
+                list(read_shard(str(path)))
+        else:
+            assert list(read_shard(str(path))) == [Sample(key, {"png": b"x", "json": b"x"})]
+
+
+@pytest.mark.parametrize(
+    "type", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
+def test_what_is_no_file_is_refused(type: bytes, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "link.tar", "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        member.type, member.linkname = type, "/etc/passwd"
+        tar.addfile(member)
+    with pytest.raises(BadShard, match=r"link\.tar: 'a\.png' is no file of a sample"):
+        list(read_shard(str(tmp_path / "link.tar")))
+
+
+def test_a_shard_is_held_to_its_manifest(tmp_path: Path) -> None:
+    url = str(tmp_path / "hr-00000.tar")
+    info = write_shard(url, samples())
+    assert list(read_shard(url, info, "hr")) == samples()
+    with pytest.raises(BadShard, match=r"hr-00000\.tar holds 3 samples; the manifest lists 4"):
+        list(read_shard(url, info.model_copy(update={"samples": 4})))
+    with pytest.raises(BadShard, match=r"hr-00000\.tar: the sample 'key-0' is no pair"):
+        list(read_shard(url, info, "pairs"))
+    write_shard(url, samples(2))
+    with pytest.raises(BadShard, match=r"hr-00000\.tar is not the one that the manifest lists"):
+        next(read_shard(url, info))
+    os.truncate(url, 1200)
+    with pytest.raises(BadShard, match=r"cut short or damaged after 'key-0\.json'"):
+        next(read_shard(url, info))
+    pair = {"hr.png": b"x", "lr.png": b"x", "json": b"{}"}
+    write_shard(url, [Sample("a", pair)])
+    with pytest.raises(BadShard, match=r"'a' is no HR picture \(members: hr\.png, json, lr\.png"):
+        list(read_shard(url, kind="hr"))
 
 
 def test_the_writer_refuses_what_the_reader_would(tmp_path: Path) -> None:
@@ -227,6 +298,22 @@ def test_manifest_errors_say_what_to_do(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "seed": 5}))
     with pytest.raises(UsageError, match="changed by hand"):
+        read_manifest(str(tmp_path))
+    for shards, told in (
+        ([{"name": "s.tar", "samples": -1, "bytes": 1, "sha256": "ab"}], "samples"),
+        ([{"name": "s.tar", "samples": 1, "bytes": -1, "sha256": "ab"}], "bytes"),
+        ([{"name": "../s.tar", "samples": 1, "bytes": 1, "sha256": "ab"}], "name"),
+        ([{"name": "/s.tar", "samples": 1, "bytes": 1, "sha256": "ab"}], "name"),
+        ([{"name": "s.tar", "samples": 1, "bytes": 1}], "sha256"),
+        ([data["shards"][0], data["shards"][0]], "listed twice"),
+        ("none", "shards"),
+    ):
+        path.write_text(json.dumps({**data, "shards": shards}))
+        with pytest.raises(UsageError, match=rf"(?s)manifest\.json.*{told}") as caught:
+            read_manifest(str(tmp_path))
+        assert "\n" not in str(caught.value)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="is not a manifest"):
         read_manifest(str(tmp_path))
     path.write_text("{")
     with pytest.raises(UsageError, match="is not a manifest"):

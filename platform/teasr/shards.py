@@ -3,14 +3,19 @@
 A dataset is a folder, local or remote (`s3://bucket/name`), of shards and one `manifest.json`. An
 HR shard holds `KEY.png|jpg|webp` and `KEY.json` for every sample, a pair shard `KEY.hr.png`,
 `KEY.lr.png` and `KEY.json`. Encoded bytes travel untouched. Equal samples give equal shards, byte
-for byte; a shard or a manifest is visible whole or not at all; and a reader is told of anything
-that is missing or out of place.
+for byte; a shard or a manifest is visible whole or not at all; a reader is told of anything that is
+missing or out of place; and storage that fails for a while is waited for (`teasr.storage`).
+
+The format is WebDataset's, and `teasr data validate` has WebDataset itself read every shard. It is
+written and read here by `tarfile`, since importing that library imports torch: two seconds and 190
+MB in each worker that makes data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,19 +25,19 @@ import unicodedata
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import Field
-from webdataset.tariterators import base_plus_ext
-from webdataset.writer import TarWriter
+from pydantic import Field, field_validator
 
 import teasr
 from teasr.config import Settings
 from teasr.errors import TeasrError, UsageError
+from teasr.storage import advice_on, patiently, reason_of
 
 Kind = Literal["hr", "pairs"]
 
@@ -45,9 +50,13 @@ SHARD_PICTURES = ("png", "jpg", "webp")
 KEY_BYTES = 80
 SAFE_KEY_BYTES = 64
 
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _SUFFIX = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
 _PARTIAL = ".partial"
 _COPY_BYTES = 1 << 20
+
+# Stores of objects know no folders: asked to make one, s3fs makes a bucket of a mistyped name.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"}
 
 
 class BadKey(TeasrError):  # noqa: N818 - named as `images.BadPicture` is
@@ -76,9 +85,9 @@ class ShardInfo(Settings):
         sha256: hash of the file, in hexadecimal.
     """
 
-    name: str
-    samples: int
-    bytes: int
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
+    samples: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -105,6 +114,14 @@ class Manifest(Settings):
     parent: str | None = None
     options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("shards")
+    @classmethod
+    def _each_once(cls, shards: tuple[ShardInfo, ...]) -> tuple[ShardInfo, ...]:
+        names = [shard.name for shard in shards]
+        if len(set(names)) < len(names):
+            raise ValueError("a shard is listed twice")
+        return shards
 
     @property
     def samples(self) -> int:
@@ -179,7 +196,8 @@ def write_bytes(url: str, data: bytes) -> None:
     """Put `data` at `url`, whole or not at all.
 
     Raises:
-        TeasrError: when it cannot be written, for instance because the disk is full.
+        TeasrError: when it cannot be written, for instance because the disk is full, or the store
+            stays away.
     """
     with _atomic_file(url) as stream:
         stream.write(data)
@@ -228,23 +246,52 @@ def _atomic_file(url: str) -> Iterator[IO[bytes]]:
                 os.fsync(stream.fileno())
             aside.replace(target)
         else:
-            handle, name = tempfile.mkstemp(suffix=_PARTIAL)
+            handle, name = tempfile.mkstemp(prefix="teasr-", suffix=_PARTIAL)
             aside = Path(name)
             with os.fdopen(handle, "wb") as stream:
                 yield stream
-            parent = path.rpartition("/")[0]
-            if parent:
-                filesystem.makedirs(parent, exist_ok=True)
-            filesystem.put_file(name, path)
+            patiently(f"write {url}", partial(_upload, filesystem, name, path))
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise TeasrError(
-            f"Cannot write {url}: {reason}.",
-            "Make room or give another place, and run the same command again.",
-        ) from None
+        raise TeasrError(f"Cannot write {url}: {reason_of(error)}.", advice_on(error)) from None
     finally:
         if aside is not None:
             aside.unlink(missing_ok=True)
+
+
+def _upload(filesystem: Any, name: str, path: str) -> None:
+    parent = path.rpartition("/")[0]
+    if parent and not _OBJECT_STORES.intersection(_protocols(filesystem)):
+        filesystem.makedirs(parent, exist_ok=True)
+    filesystem.put_file(name, path)
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    given = filesystem.protocol
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+@contextlib.contextmanager
+def _whole_file(url: str) -> Iterator[IO[bytes]]:
+    """The file at `url`, opened; a remote one is copied to a temporary file first.
+
+    A copy is one large sequential read, which can be done again from its start before anything is
+    made of it; what a network mount does in the middle of a read is the kernel's to repeat. The
+    copy has no name any more when the block begins, so that a process that is killed leaves none.
+    """
+    filesystem, path = _open_place(url)
+    doing = f"read {url}"
+    if _is_local(filesystem):
+        file: IO[bytes] = patiently(doing, lambda: Path(path).open("rb"))  # noqa: SIM115
+    else:
+        handle, name = tempfile.mkstemp(prefix="teasr-", suffix=_PARTIAL)
+        os.close(handle)
+        try:
+            patiently(doing, partial(filesystem.get_file, path, name))
+            file = Path(name).open("rb")  # noqa: SIM115 - closed below
+        finally:
+            Path(name).unlink(missing_ok=True)
+    with file:
+        yield file
 
 
 # ---------------------------------------------------------------- keys
@@ -287,17 +334,21 @@ def safe_key(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", plain)[:SAFE_KEY_BYTES] or "_"
 
 
-def _problem_of_members(members: Iterable[str]) -> str:
-    """Why these member suffixes are not one sample, or an empty text."""
+def _problem_of_members(members: Iterable[str], kind: Kind | None = None) -> str:
+    """Why these member suffixes are not one sample (of `kind`), or an empty text."""
     names = set(members)
     if "json" not in names:
-        return "has no .json member"
+        return f"has no .json member (members: {', '.join(sorted(names))})"
     pictures = names - {"json"}
     roles = sorted(name.rpartition(".")[0] for name in pictures)
     if not all(name.rpartition(".")[2] in SHARD_PICTURES for name in pictures):
         return f"has unknown members ({', '.join(sorted(names))})"
     if roles not in ([""], ["hr", "lr"]):
         return f"is neither a picture nor an LR/HR pair (members: {', '.join(sorted(names))})"
+    if kind == "hr" and roles != [""]:
+        return f"is no HR picture (members: {', '.join(sorted(names))})"
+    if kind == "pairs" and pictures != {"hr.png", "lr.png"}:
+        return f"is no pair of hr.png and lr.png (members: {', '.join(sorted(names))})"
     return ""
 
 
@@ -334,7 +385,8 @@ def write_shard(url: str, samples: Iterable[Sample]) -> ShardInfo:
     keys: set[str] = set()
     with _atomic_file(url) as file:
         stream = _HashedStream(file)
-        with TarWriter(stream, encoder=False, mtime=0, user="teasr", group="teasr") as tar:
+        # A stream that is only written to needs no more than `write`.
+        with tarfile.open(fileobj=cast(Any, stream), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
                 check_key(sample.key)
                 if sample.key in keys:
@@ -342,35 +394,96 @@ def write_shard(url: str, samples: Iterable[Sample]) -> ShardInfo:
                 if problem := _problem_of_members(sample.members):
                     raise BadShard(f"Shard {name}: the sample '{sample.key}' {problem}.")
                 keys.add(sample.key)
-                tar.write({"__key__": sample.key, **sample.members})
+                for suffix, data in sorted(sample.members.items()):
+                    tar.addfile(_tar_entry(f"{sample.key}.{suffix}", len(data)), io.BytesIO(data))
     return ShardInfo(
         name=name, samples=len(keys), bytes=stream.size, sha256=stream.digest.hexdigest()
     )
 
 
-def read_shard(url: str) -> Iterator[Sample]:
+def _tar_entry(name: str, size: int) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime, entry.mode = size, 0, 0o444
+    entry.uname = entry.gname = "teasr"
+    return entry
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a member, split at the first dot of its last part as WebDataset splits it;
+    None when there is no dot."""
+    match = _MEMBER_NAME.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def read_shard(
+    url: str, expected: ShardInfo | None = None, kind: Kind | None = None
+) -> Iterator[Sample]:
     """The samples of a shard, in order, one in memory at a time.
+
+    A remote shard is copied whole to a temporary file before its first sample is handed out, so
+    that a connection that breaks costs a second copy and never a sample twice.
+
+    Args:
+        url: of the shard.
+        expected: what the dataset's manifest says of it. A shard that is another one by its hash
+            gives no sample at all.
+        kind: what the samples have to be; by default either.
 
     Raises:
         BadShard: when the tar is cut short or damaged, a sample's members are incomplete or not
-            adjacent, a key is there twice, or a member is no file of a sample.
+            adjacent, a key is there twice, a member is no file of a sample, or the shard is not
+            what is expected.
         TeasrError: when there is no such shard or it cannot be read.
     """
     name = url.rstrip("/").rpartition("/")[2]
-    filesystem, path = _open_place(url)
+    try:
+        with _whole_file(url) as file:
+            if expected is not None and _sha256(file) != expected.sha256:
+                for _ in _samples(name, file, kind):
+                    pass  # damage is told by its place
+                raise BadShard(
+                    f"Shard {name} is not the one that the manifest lists: its hash differs.",
+                    "Delete it and run the command that made the dataset again.",
+                )
+            count = 0
+            for sample in _samples(name, file, kind):
+                count += 1
+                yield sample
+            if expected is not None and count != expected.samples:
+                raise BadShard(
+                    f"Shard {name} holds {count} samples; the manifest lists {expected.samples}.",
+                    "Delete the manifest and run the command that made the dataset again.",
+                )
+    except FileNotFoundError:
+        raise TeasrError(
+            f"There is no shard {url}.", "Run the command that made the dataset again."
+        ) from None
+    except OSError as error:
+        raise TeasrError(f"Cannot read {url}: {reason_of(error)}.", advice_on(error)) from None
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    file.seek(0)
+    return digest
+
+
+def _samples(name: str, file: IO[bytes], kind: Kind | None) -> Iterator[Sample]:
     keys: set[str] = set()
     current: Sample | None = None
     last = ""
     try:
-        with filesystem.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 last = member.name
-                key, suffix = base_plus_ext(member.name)
-                if key is None or not member.isreg() or not _SUFFIX.fullmatch(suffix):
-                    raise BadShard(f"Shard {name}: '{member.name}' is no file of a sample.")
+                parts = split_name(member.name)
+                is_plain = member.isreg() and not member.issparse()
+                if parts is None or not is_plain or not _SUFFIX.fullmatch(parts[1]):
+                    raise BadShard(f"Shard {name}: {member.name!r} is no file of a sample.")
+                key, suffix = parts
                 if current is None or key != current.key:
                     if current is not None:
-                        yield _whole(name, current)
+                        yield _whole(name, current, kind)
                     check_key(key)
                     if key in keys:
                         raise BadShard(
@@ -380,34 +493,30 @@ def read_shard(url: str) -> Iterator[Sample]:
                     keys.add(key)
                     current = Sample(key, {})
                 if suffix in current.members:
-                    raise BadShard(f"Shard {name}: '{member.name}' is there twice.")
+                    raise BadShard(f"Shard {name}: {member.name!r} is there twice.")
                 extracted = tar.extractfile(member)
                 assert extracted is not None  # a regular file, see above
                 current.members[suffix] = extracted.read()
-            _check_end(name, last, file, tar.offset)
+            _check_end(file, tar.offset)
     except BadKey as error:
         raise BadShard(f"Shard {name}: {error}") from None
     except (tarfile.TarError, EOFError) as error:
-        where = f" after '{last}'" if last else ""
+        where = f" after {last!r}" if last else ""
         raise BadShard(
             f"Shard {name} is cut short or damaged{where}: {error}.",
             "Delete it and run the command that made it again.",
         ) from None
-    except FileNotFoundError:
-        raise TeasrError(f"There is no shard {url}.") from None
-    except OSError as error:
-        raise TeasrError(f"Cannot read {url}: {error.strerror or error}.") from None
     if current is not None:
-        yield _whole(name, current)
+        yield _whole(name, current, kind)
 
 
-def _whole(name: str, sample: Sample) -> Sample:
-    if problem := _problem_of_members(sample.members):
+def _whole(name: str, sample: Sample, kind: Kind | None) -> Sample:
+    if problem := _problem_of_members(sample.members, kind):
         raise BadShard(f"Shard {name}: the sample '{sample.key}' {problem}.")
     return sample
 
 
-def _check_end(name: str, last: str, file: IO[bytes], offset: int) -> None:
+def _check_end(file: IO[bytes], offset: int) -> None:
     """Require the end mark: `tarfile` takes a lost tail or a damaged header for the end.
 
     The end of a tar is at least two empty blocks of 512 bytes, and nothing after them.
@@ -446,15 +555,15 @@ def read_manifest(url: str, kind: Kind | None = None) -> Manifest:
     folder = url.removesuffix(MANIFEST_NAME).rstrip("/") or "/"
     filesystem, path = _open_place(join_url(folder, MANIFEST_NAME))
     try:
-        data = json.loads(filesystem.cat_file(path))
+        data = json.loads(
+            patiently(f"read {folder}/{MANIFEST_NAME}", partial(filesystem.cat_file, path))
+        )
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{folder} is not a dataset: it has no {MANIFEST_NAME}.",
             "Make one with `teasr ingest`, or run the command that was writing it again.",
         ) from None
-    except OSError as error:
-        raise TeasrError(f"Cannot read {folder}/{MANIFEST_NAME}: {error}.") from None
-    except ValueError:
+    except (ValueError, RecursionError, IsADirectoryError):
         data = None
     if not isinstance(data, Mapping):
         raise UsageError(
