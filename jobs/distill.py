@@ -19,14 +19,14 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.data import Dataset
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.data import DataIterator, Dataset
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from jobs.console import progress_bar
 from jobs.recipe import Recipe
 from jobs.training import MODEL_FOLDER, PROGRESS_FILE, STATE_FILE, train
-from pipelines.feed import feed, locate
+from pipelines.feed import FeedPosition, feed, split
 from pipelines.runtime import ensure_ray, quiet_ray_data
 from teasr import registry, tracking
 from teasr.errors import TeasrError, UsageError
@@ -35,8 +35,6 @@ from teasr.shards import content_hash, read_manifest, write_bytes
 
 EXPERIMENT = "teasr"
 RUN_FILE = "run.json"
-# Pairs per second and worker that no machine exceeds: bounds the (lazy) feed of a run by time.
-FASTEST = 2000
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,7 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
             },
         ),
         datasets={"train": _Feed(recipe, str(folder.absolute()))},
+        dataset_config=_InOrder(),
         run_config=RunConfig(
             name="train",
             storage_path=str(folder.absolute()),
@@ -114,6 +113,7 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
     assert result.checkpoint is not None  # the loop ends with one
     with result.checkpoint.as_directory() as checkpoint:
         position = json.loads((Path(checkpoint) / STATE_FILE).read_text())
+        del position["feed"]  # of no use once the run is over
         shutil.copytree(Path(checkpoint) / MODEL_FOLDER, model, dirs_exist_ok=True)
     _write_run(folder, {**run, "finished": True, "position": position})
     for name, value in position.items():
@@ -129,17 +129,27 @@ class _Feed:
     folder: str
 
     def __call__(self) -> Dataset:
-        recipe, training = self.recipe, self.recipe.training
+        recipe = self.recipe
         assert recipe.data is not None
-        consumed = _last_position(Path(self.folder)).get("samples", 0)
-        passes, _ = locate(read_manifest(recipe.data), recipe.feed, consumed)
-        steps = training.steps or int(FASTEST * 60 * (training.minutes or 0)) // training.batch
-        return feed(
-            recipe.data, recipe.feed, (steps + 1) * training.batch * training.workers, passes
-        )
+        state = _last_state(Path(self.folder))
+        position = FeedPosition.from_mapping(state["feed"], STATE_FILE) if state else None
+        return feed(recipe.data, recipe.feed, batch=recipe.training.batch, position=position)
 
 
-def _last_position(folder: Path) -> dict[str, Any]:
+class _InOrder(DataConfig):
+    """Has Ray Train split the feed in order: its own configuration drops that of the dataset."""
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, DataIterator]]:
+        output: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            for shares, share in zip(output, split(dataset, world_size)):
+                shares[name] = share
+        return output
+
+
+def _last_state(folder: Path) -> dict[str, Any]:
     states = sorted(folder.glob(f"train/checkpoint_*/{STATE_FILE}"))
     return json.loads(states[-1].read_text()) if states else {}
 

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from jobs.recipe import Recipe, TrainingSettings
+from pipelines.feed import FeedPosition, LockStep, block_size
 from teasr.backbones import DualBranchDiT, load_backbone, save_backbone
 from teasr.engine import Engine
 from teasr.errors import TeasrError
 from teasr.lpips import Lpips, find_weights
 from teasr.objective import Objective
-from teasr.shards import write_bytes
+from teasr.shards import read_manifest, write_bytes
 from teasr.tracking import RunLogger, connect
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,14 @@ def train(config: Mapping[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             position = Position(**engine.load(Path(folder)))
 
+    lock_step = LockStep(
+        start=position.samples,
+        rank=rank,
+        consumers=workers,
+        batch=training.batch,
+        rows=block_size(training.batch, recipe.feed, position.samples),
+    )
+
     os.environ["MLFLOW_TRACKING_URI"] = config["tracking_uri"]
     logger = RunLogger(connect(), config["run"]) if rank == 0 else None
     window = _Window()
@@ -97,6 +106,7 @@ def train(config: Mapping[str, Any]) -> None:
             break
 
         # ---- one step -------------------------------------------------------------------------
+        lock_step.check(batch["number"])
         hr, lr = (_to_network(batch[name], engine.device) for name in ("hr", "lr"))
         generator = _generator(training.seed, position.samples, rank)
         losses = objective(
@@ -227,7 +237,11 @@ def _report(engine: Engine, position: Position, recipe: Recipe) -> None:
         engine.save(folder, vars(position))
         weights = engine.state_dict()
         if ray.train.get_context().get_world_rank() == 0:
-            (folder / STATE_FILE).write_text(json.dumps(vars(position), indent=1) + "\n")
+            assert recipe.data is not None
+            manifest = read_manifest(recipe.data, kind="hr")
+            feed = FeedPosition.after(position.samples, manifest, recipe.feed)
+            state = {**vars(position), "feed": feed.model_dump()}
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
             description = {"recipe": recipe.model_dump(mode="json"), **vars(position)}
             save_backbone(
                 recipe.backbone_settings, weights, folder / MODEL_FOLDER, training=description

@@ -1,36 +1,48 @@
 """The training feed: HR shards in, an endless stream of degraded crops out, made while training
 runs.
 
-One row of the Ray dataset is one *pass* over one shard: decode each photograph once, take several
-crops of it, degrade each, and hand out the crops of all the shard's photographs in shuffled order.
-Only encoded photographs and fixed-size crops move between processes. Which shard comes when, where
-a crop lies and how it is degraded are functions of (seed, epoch, key) alone: the stream is the same
-with one worker or two hundred, and after a task is retried.
+**One order.** The stream is a sequence of numbered pairs. An epoch takes the shards in a shuffled
+order; a *pass* over a shard decodes each photograph once, takes several crops of it, degrades each,
+and hands out the crops of all its photographs in shuffled order. Which pair has which number, where
+its crop lies and how it is degraded are functions of (seed, epoch, key) alone: the stream is the
+same with one worker or two hundred, and after a task is retried.
+
+**A position** (`FeedPosition`) is a small JSON object: data set, seed, epoch, pairs consumed. The
+feed starts at any of them. Consumers read in lock-step, batch by batch, so that what they have read
+together is always a stretch of the stream without a gap: at the same number of consumers each goes
+on with its very next pair; at another number every pair of the epoch still comes exactly once.
+Ray Data gives no such promise (its splits have "no ordering guarantees"), so each pair carries its
+number, and `LockStep` refuses what comes out of order instead of training on it.
+
+    for share in split(feed(data, settings, batch=16, position=position), consumers=4): ...
+
+Only passes' numbers, encoded photographs and fixed-size crops move between processes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
+from typing import Any, Self
 
-import albumentations as A
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from ray.data import Dataset
+from ray.data import DataIterator, Dataset
 
 from teasr.config import Settings
-from teasr.degradation import DegradationSettings, RealESRGAN, load_preset, sample_seed
-from teasr.errors import TeasrError
+from teasr.degradation import SCALE, DegradationSettings, load_preset, sample_seed
+from teasr.errors import TeasrError, UsageError
 from teasr.images import BadPicture, decode
-from teasr.shards import SHARD_PICTURES, Manifest, join_url, read_manifest, read_shard
+from teasr.shards import SHARD_PICTURES, Manifest, ShardInfo, join_url, read_manifest, read_shard
 
 Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
 
-MAX_BLOCKS = 128
-OUTPUT_BYTES = 4 << 20
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +54,8 @@ class FeedSettings(Settings):
     crop: int = Field(96, ge=16)
     """Side of an HR crop in pixels, a multiple of 16; the LR crop is a quarter of it."""
     crops_per_photo: int = Field(16, ge=1)
-    """Crops taken each time a photograph is decoded."""
+    """Crops taken each time a photograph is decoded; best a multiple of the batch or a part of it,
+    see `block_size`."""
     seed: int = Field(0, ge=0)
     """Seed of order, crops and degradations."""
 
@@ -54,41 +67,7 @@ class FeedSettings(Settings):
         return value
 
 
-def feed(data: str, settings: FeedSettings, samples: int, first_pass: int = 0) -> Dataset:
-    """At least `samples` training pairs of the stream, from pass `first_pass` on.
-
-    Args:
-        data: URL of an HR dataset.
-        samples: how many pairs the consumer may ask for; the stream is lazy, asking is free.
-        first_pass: passes over shards that are skipped, see `locate`.
-
-    Returns:
-        A dataset with columns `hr` (crop, crop, 3) and `lr` (crop/4, crop/4, 3), uint8 RGB.
-
-    Raises:
-        UsageError: when there is no HR dataset at `data`, or the preset is unknown.
-    """
-    manifest = read_manifest(data, kind="hr")
-    epochs = -(-samples // samples_per_epoch(manifest, settings)) + 1
-    count = epochs * len(manifest.shards)
-    # Ray plans every block before the first one runs: a long run gets few blocks of many passes.
-    # Crops leave a task in small blocks while it goes on, and in order, so that the stream is one.
-    passes = ray.data.range(count, override_num_blocks=min(count, MAX_BLOCKS))
-    passes.context.target_max_block_size = OUTPUT_BYTES
-    passes.context.execution_options.preserve_order = True
-    plan = training_pass(data, settings, first_pass)
-    return passes.map_batches(plan, batch_size=1, zero_copy_batch=True, num_cpus=1)
-
-
-def training_pass(data: str, settings: FeedSettings, first_pass: int = 0) -> TrainingPass:
-    """What the feed runs in its tasks, for `data` and `settings`."""
-    return TrainingPass(
-        data=data,
-        shards=tuple(shard.name for shard in read_manifest(data, kind="hr").shards),
-        degradation=load_preset(settings.preset),
-        settings=settings,
-        first=first_pass,
-    )
+# ---------------------------------------------------------------- the order
 
 
 def samples_per_epoch(manifest: Manifest, settings: FeedSettings) -> int:
@@ -96,9 +75,54 @@ def samples_per_epoch(manifest: Manifest, settings: FeedSettings) -> int:
     return manifest.samples * settings.crops_per_photo
 
 
-def locate(manifest: Manifest, settings: FeedSettings, consumed: int) -> tuple[int, int]:
-    """Where the stream stands after `consumed` pairs: (passes finished, pairs into the next)."""
-    epochs, rest = divmod(consumed, samples_per_epoch(manifest, settings))
+def shard_order(seed: int, epoch: int, shards: int) -> Numbers:
+    """The order of shards in an epoch, as a permutation of their indices."""
+    return np.random.default_rng((seed, epoch)).permutation(shards)
+
+
+class FeedPosition(Settings):
+    """Where a stream stands; as JSON, the feed's part of a checkpoint."""
+
+    dataset: str
+    """Fingerprint of the HR dataset."""
+    seed: int
+    """Seed of the stream."""
+    epoch: int = Field(0, ge=0)
+    """Epochs that are over."""
+    consumed: int = Field(0, ge=0)
+    """Pairs of this epoch that were consumed, by all consumers together."""
+
+    @classmethod
+    def after(cls, samples: int, manifest: Manifest, settings: FeedSettings) -> Self:
+        """The position when `samples` pairs were consumed since the beginning."""
+        epoch, consumed = divmod(samples, samples_per_epoch(manifest, settings))
+        return cls(dataset=manifest.fingerprint, seed=settings.seed, epoch=epoch, consumed=consumed)
+
+    def number(self, manifest: Manifest, settings: FeedSettings) -> int:
+        """The number of the next pair.
+
+        Raises:
+            UsageError: when the position is in a stream of other data, seed or number of crops.
+        """
+        length = samples_per_epoch(manifest, settings)
+        problem = ""
+        if self.dataset != manifest.fingerprint:
+            problem = f"the data set {self.dataset[:12]}, not {manifest.fingerprint[:12]}"
+        elif self.seed != settings.seed:
+            problem = f"seed {self.seed}, not {settings.seed}"
+        elif self.consumed >= length:
+            problem = f"an epoch of more than {self.consumed} pairs; this one has {length}"
+        if problem:
+            raise UsageError(
+                f"The feed cannot go on: its position is in a stream of {problem}.",
+                "Go on with the data and the settings that it was begun with, or start anew.",
+            )
+        return self.epoch * length + self.consumed
+
+
+def locate(manifest: Manifest, settings: FeedSettings, number: int) -> tuple[int, int]:
+    """The pass that makes pair `number`, counted over all epochs, and the pair's place in it."""
+    epochs, rest = divmod(number, samples_per_epoch(manifest, settings))
     passes = epochs * len(manifest.shards)
     for index in shard_order(settings.seed, epochs, len(manifest.shards)):
         size = manifest.shards[index].samples * settings.crops_per_photo
@@ -108,62 +132,243 @@ def locate(manifest: Manifest, settings: FeedSettings, consumed: int) -> tuple[i
     return passes, rest
 
 
-def shard_order(seed: int, epoch: int, shards: int) -> NDArray[np.int64]:
-    """The order of shards in an epoch, as a permutation of their indices."""
-    return np.random.default_rng((seed, epoch)).permutation(shards)
+def block_size(batch: int, settings: FeedSettings, number: int = 0) -> int:
+    """Pairs in a block of a stream that begins at pair `number`.
+
+    The largest size that divides a consumer's batch and every pass: then blocks dealt out in turn
+    are batches dealt out in turn. A batch that shares no factor with `crops_per_photo` makes blocks
+    of one pair, which cost more to move.
+    """
+    return math.gcd(batch, settings.crops_per_photo, number)
+
+
+# ---------------------------------------------------------------- the feed
+
+
+def feed(
+    data: str, settings: FeedSettings, *, batch: int, position: FeedPosition | None = None
+) -> Dataset:
+    """The endless stream of training pairs from `position` on.
+
+    Args:
+        data: URL of an HR dataset.
+        batch: pairs that a consumer takes at a time.
+        position: where to start; None is the beginning.
+
+    Returns:
+        A dataset with columns `number` (), int64, `hr` (crop, crop, 3) and `lr` (crop/4, crop/4,
+        3), uint8 RGB, in blocks of `block_size` pairs, in order.
+
+    Raises:
+        UsageError: when there is no HR dataset at `data`, the preset is unknown, or `position` is
+            in another stream.
+    """
+    manifest = read_manifest(data, kind="hr")
+    start = position.number(manifest, settings) if position else 0
+    rows = block_size(batch, settings, start)
+    make = training_pass(data, settings, start=start, rows=rows)
+    # One row that a single task deals out pass by pass, as they are asked for: Ray would plan every
+    # block of a longer dataset before the first one runs.
+    passes = ray.data.from_items([{"first": make.first}])
+    # Ray cuts blocks by size, at more than the target and less than 1.5 times of it.
+    passes.context.target_max_block_size = int(0.8 * rows * _row_bytes(settings))
+    passes.context.execution_options.preserve_order = True
+    # The dealer waits most of the time, and must not hold the CPU that it waits for.
+    deal = _DealPasses(passes.context.target_max_block_size + 1)
+    dealt = passes.map_batches(deal, batch_size=None, num_cpus=0)
+    return dealt.map_batches(make, batch_size=1, zero_copy_batch=True, num_cpus=1)
+
+
+def training_pass(
+    data: str, settings: FeedSettings, *, start: int = 0, rows: int = 32
+) -> TrainingPass:
+    """What the feed runs in its tasks: passes over `data` from pair `start` on, in blocks of
+    `rows` pairs."""
+    manifest = read_manifest(data, kind="hr")
+    first, skipped = locate(manifest, settings, start)
+    return TrainingPass(
+        data=data,
+        shards=manifest.shards,
+        degradation=load_preset(settings.preset),
+        settings=settings,
+        first=first,
+        skipped=skipped,
+        rows=rows,
+    )
+
+
+def split(dataset: Dataset, consumers: int) -> list[DataIterator]:
+    """The shares of `consumers` that read in lock-step; each must take the feed's `batch` rows at
+    a time.
+
+    Blocks of equal size that come in order go to the consumers in turn; where one runs plays no
+    part.
+    """
+    shares: list[DataIterator] = dataset.streaming_split(consumers, equal=False)
+    return shares
+
+
+@dataclass
+class LockStep:
+    """The numbers that one of several consumers must see, and where they all stand together.
+
+    Args:
+        start: number of the stream's first pair.
+        rank, consumers: which consumer of how many.
+        batch: pairs that each takes at a time.
+        rows: the stream's `block_size`.
+    """
+
+    start: int
+    rank: int
+    consumers: int
+    batch: int
+    rows: int
+    batches: int = 0
+
+    def check(self, numbers: Iterable[int]) -> None:
+        """Count one batch, given the `number` column of it.
+
+        Raises:
+            TeasrError: when these are not the pairs that this consumer has to see next.
+        """
+        expected, seen = self.expected(), np.asarray(numbers)
+        if not np.array_equal(seen, expected):
+            raise TeasrError(
+                f"The feed gave worker {self.rank} of {self.consumers} the pairs from {seen[0]} on "
+                f"where {expected[0]} was next: its order is broken.",
+                "Nothing was learned from them; the same command goes on from the last checkpoint.",
+            )
+        self.batches += 1
+
+    def expected(self) -> Numbers:
+        """Numbers of this consumer's next batch."""
+        blocks = self.batch // self.rows
+        mine = np.arange(self.batches * blocks, (self.batches + 1) * blocks)
+        first = self.start + (mine * self.consumers + self.rank) * self.rows
+        return (first[:, None] + np.arange(self.rows)).ravel()
+
+    @property
+    def number(self) -> int:
+        """The stream's next pair, once every consumer has taken as many batches as this one."""
+        return self.start + self.batches * self.batch * self.consumers
+
+
+# ---------------------------------------------------------------- on the workers
+
+
+@dataclass(frozen=True)
+class _DealPasses:
+    """Numbers of passes, without end, each in a block of its own.
+
+    Ray fills a block up to its target size: the ballast makes one row enough.
+    """
+
+    ballast: int
+
+    def __call__(self, batch: dict[str, Numbers]) -> Iterator[dict[str, NDArray[Any]]]:
+        for number in count(int(batch["first"][0])):
+            yield {"pass": np.array([number]), "ballast": np.zeros((1, self.ballast), np.uint8)}
 
 
 @dataclass(frozen=True)
 class TrainingPass:
     """Makes the pairs of one pass over one shard; a plain object that travels to Ray's tasks.
 
-    Called with `{"id": [i]}` for the i-th pass from `first` on, it yields blocks of the feed's
-    columns.
+    Called with `{"pass": [i]}` it yields blocks of the feed's columns for the i-th pass since the
+    beginning; of pass `first` it leaves out the `skipped` pairs that were consumed before.
     """
 
     data: str
-    shards: tuple[str, ...]
+    shards: tuple[ShardInfo, ...]
     degradation: DegradationSettings
     settings: FeedSettings
-    first: int = 0
+    first: int
+    skipped: int
+    rows: int
 
-    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, Bytes]]:
-        epoch, place = divmod(self.first + int(batch["id"][0]), len(self.shards))
-        seed = self.settings.seed
-        shard = self.shards[shard_order(seed, epoch, len(self.shards))[place]]
-        pairs = list(self._pairs(join_url(self.data, shard), epoch))
-        if not pairs:
+    def __call__(self, batch: dict[str, Numbers]) -> Iterator[dict[str, NDArray[Any]]]:
+        number = int(batch["pass"][0])
+        epoch, place = divmod(number, len(self.shards))
+        seed, crops, side = self.settings.seed, self.settings.crops_per_photo, self.settings.crop
+        order = shard_order(seed, epoch, len(self.shards))
+        shard = self.shards[order[place]]
+        sizes = [one.samples * crops for one in self.shards]
+        begin = epoch * sum(sizes) + sum(sizes[index] for index in order[:place])
+
+        # Slot s of the pass is crop s % crops of photograph s // crops; it leaves at place_of[s].
+        slots = np.random.default_rng((seed, epoch, place)).permutation(shard.samples * crops)
+        place_of = np.argsort(slots)
+        skipped = self.skipped if number == self.first else 0
+        hr = np.empty((len(slots), side, side, 3), np.uint8)
+        lr = np.empty((len(slots), side // SCALE, side // SCALE, 3), np.uint8)
+        cut = _Cut(self.settings, self.degradation)
+        for photo, key, rgb in self._photographs(shard):
+            for i in range(crops):
+                there = place_of[photo * crops + i]
+                if there >= skipped:
+                    hr[there], lr[there] = cut(rgb, key, epoch * crops + i)
+        for row in range(skipped, len(slots), self.rows):
+            part = slice(row, row + self.rows)
+            numbers = np.arange(begin + row, begin + row + len(hr[part]))
+            yield {"number": numbers, "hr": hr[part], "lr": lr[part]}
+
+    def _photographs(self, shard: ShardInfo) -> Iterator[tuple[int, str, Bytes]]:
+        """Index, key and pixels of as many photographs as the manifest counts.
+
+        One that cannot be used is replaced by another of its shard under a key of its own, so that
+        the numbers of all later pairs stay what they are.
+        """
+        replaced: list[tuple[int, str]] = []
+        usable: tuple[str, Bytes] | None = None
+        photo = -1
+        # Not hashed: once is enough, and `teasr data validate` does it.
+        for photo, sample in enumerate(read_shard(join_url(self.data, shard.name), kind="hr")):
+            encoded = next(sample.members[s] for s in SHARD_PICTURES if s in sample.members)
+            try:
+                rgb = decode(encoded, min_side=self.settings.crop).rgb
+            except BadPicture as error:
+                log.warning("Another is taken in place of %s: %s", sample.key, error)
+                replaced.append((photo, sample.key))
+                continue
+            usable = sample.key, rgb
+            yield photo, *usable
+        if photo + 1 != shard.samples:
             raise TeasrError(
-                f"No photograph of shard {shard} is as large as a crop "
+                f"Shard {shard.name} holds {photo + 1} photographs; the manifest lists "
+                f"{shard.samples}.",
+                f"See what is wrong: teasr data validate {self.data}",
+            )
+        if usable is None:
+            raise TeasrError(
+                f"No photograph of shard {shard.name} is as large as a crop "
                 f"({self.settings.crop} pixels).",
                 "Use larger photographs or a smaller crop.",
             )
-        np.random.default_rng((seed, epoch, place)).shuffle(pairs)  # type: ignore[arg-type]
-        for i in range(0, len(pairs), 32):
-            chunk = pairs[i : i + 32]
-            yield {"hr": np.stack([hr for hr, _ in chunk]), "lr": np.stack([lr for _, lr in chunk])}
+        for photo, key in replaced:
+            yield photo, f"{usable[0]} in place of {key}", usable[1]
 
-    def _pairs(self, url: str, epoch: int) -> Iterator[tuple[Bytes, Bytes]]:
-        settings = self.settings
-        place = A.Compose([A.RandomCrop(settings.crop, settings.crop), A.D4(p=1.0)])
-        degrade = A.Compose([RealESRGAN(self.degradation)])
-        for sample in read_shard(url):
-            encoded = next(
-                sample.members[suffix] for suffix in SHARD_PICTURES if suffix in sample.members
-            )
-            try:
-                photo = decode(encoded).rgb
-            except BadPicture as error:  # checked at ingest: the shard was damaged since
-                log.warning("Left out %s: %s", sample.key, error)
-                continue
-            if min(photo.shape[:2]) < settings.crop:
-                log.warning("Left out %s: smaller than a crop of %d", sample.key, settings.crop)
-                continue
-            for i in range(settings.crops_per_photo):
-                variant = epoch * settings.crops_per_photo + i
-                place.set_random_seed(sample_seed(settings.seed, "place", sample.key, variant))
-                degrade.set_random_seed(
-                    sample_seed(settings.seed, self.degradation.name, sample.key, variant)
-                )
-                hr = np.ascontiguousarray(place(image=photo)["image"])
-                yield hr, degrade(image=hr)["image"]
+
+class _Cut:
+    """Cuts a crop out of a photograph and degrades it; both drawn from the sample's seed."""
+
+    def __init__(self, settings: FeedSettings, degradation: DegradationSettings) -> None:
+        # Here, since they import torch: the processes that only deal out blocks have no use for it.
+        import albumentations as A
+
+        from teasr.degradation import RealESRGAN
+
+        self._seed = settings.seed
+        self._preset = degradation.name
+        self._place = A.Compose([A.RandomCrop(settings.crop, settings.crop), A.D4(p=1.0)])
+        self._degrade = A.Compose([RealESRGAN(degradation)])
+
+    def __call__(self, photo: Bytes, key: str, variant: int) -> tuple[Bytes, Bytes]:
+        self._place.set_random_seed(sample_seed(self._seed, "place", key, variant))
+        self._degrade.set_random_seed(sample_seed(self._seed, self._preset, key, variant))
+        hr = np.ascontiguousarray(self._place(image=photo)["image"])
+        return hr, self._degrade(image=hr)["image"]
+
+
+def _row_bytes(settings: FeedSettings) -> int:
+    return 8 + 3 * settings.crop**2 + 3 * (settings.crop // SCALE) ** 2

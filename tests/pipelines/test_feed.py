@@ -1,25 +1,43 @@
-"""The feed: one stream whatever runs it, and the pairs that the degradation promises."""
+"""The feed: one stream whatever runs it, taken up at any pair, and the pairs that the degradation
+promises."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import threading
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import albumentations as A
 import numpy as np
 import pytest
 
-from pipelines.feed import FeedSettings, feed, locate, samples_per_epoch, shard_order
+from pipelines.feed import (
+    FeedPosition,
+    FeedSettings,
+    LockStep,
+    block_size,
+    feed,
+    locate,
+    samples_per_epoch,
+    shard_order,
+    split,
+    training_pass,
+)
 from pipelines.ingest import ingest
 from pipelines.runtime import quiet_ray_data
 from teasr.degradation import Degradation, sample_seed
-from teasr.errors import UsageError
+from teasr.errors import TeasrError, UsageError
 from teasr.images import encode
-from teasr.shards import Manifest, ShardInfo, read_manifest
+from teasr.shards import Manifest, ShardInfo, read_manifest, read_shard, write_manifest, write_shard
 
 SETTINGS = FeedSettings(crop=32, crops_per_photo=4, seed=3)
 PHOTOS = 5
+EPOCH = PHOTOS * 4
+
+Pair = tuple[int, bytes, bytes]
+"""Number, HR and LR of one training pair."""
 
 
 @pytest.fixture(scope="module")
@@ -34,40 +52,114 @@ def data(
     return str(target)
 
 
-def _stream(data: str, count: int, first_pass: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+@pytest.fixture(scope="module")
+def stream(data: str) -> list[Pair]:
+    """Three epochs of the stream by a plain loop, without Ray."""
+    make = training_pass(data, SETTINGS)
+    pairs = []
+    for number in range(3 * len(make.shards)):
+        for block in make({"pass": np.array([number])}):
+            pairs += _pairs(block)
+    return pairs
+
+
+def _pairs(block: dict[str, np.ndarray]) -> list[Pair]:
+    return [
+        (int(number), hr.tobytes(), lr.tobytes())
+        for number, hr, lr in zip(block["number"], block["hr"], block["lr"])
+    ]
+
+
+def _consume(
+    data: str, consumers: int, batch: int, steps: int, state: str | None = None
+) -> tuple[list[list[Pair]], str]:
+    """What each of `consumers` reads in `steps` batches from `state` on, and the state then."""
+    manifest = read_manifest(data)
+    position = FeedPosition.model_validate_json(state) if state else None
+    start = position.number(manifest, SETTINGS) if position else 0
+    read: list[list[Pair]] = [[] for _ in range(consumers)]
+    places = [
+        LockStep(start, rank, consumers, batch, block_size(batch, SETTINGS, start))
+        for rank in range(consumers)
+    ]
+    failures: list[BaseException] = []
+
+    def consume(rank: int, batches: object) -> None:
+        try:
+            for block in itertools.islice(batches, steps):  # type: ignore[call-overload]
+                places[rank].check(block["number"])
+                read[rank] += _pairs(block)
+        except BaseException as error:
+            failures.append(error)
+
     with quiet_ray_data():
-        rows = feed(data, SETTINGS, count, first_pass).iter_rows()
-        return [(row["hr"], row["lr"]) for row in islice(rows, count)]
+        shares = split(feed(data, SETTINGS, batch=batch, position=position), consumers)
+        threads = [
+            threading.Thread(target=consume, args=(rank, share.iter_batches(batch_size=batch)))
+            for rank, share in enumerate(shares)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures
+    (number,) = {place.number for place in places}
+    return read, FeedPosition.after(number, manifest, SETTINGS).model_dump_json()
 
 
-def test_equal_settings_give_an_equal_stream(data: str) -> None:
-    first, second = _stream(data, 30), _stream(data, 30)
-    assert len(first) == 30
-    for (hr, lr), (hr_again, lr_again) in zip(first, second):
-        assert hr.shape == (32, 32, 3) and lr.shape == (8, 8, 3)
-        assert np.array_equal(hr, hr_again) and np.array_equal(lr, lr_again)
+def test_the_stream_of_ray_is_that_of_a_plain_loop(data: str, stream: list[Pair]) -> None:
+    (read,), _ = _consume(data, consumers=1, batch=4, steps=12)
+    assert read == stream[:48]
+    assert [number for number, _, _ in read] == list(range(48))
 
 
-def test_stream_goes_on_from_a_later_pass(data: str) -> None:
-    epoch = samples_per_epoch(read_manifest(data), SETTINGS)
-    passes, rest = locate(read_manifest(data), SETTINGS, epoch)
-    assert (passes, rest) == (3, 0)
-    whole = _stream(data, epoch + 8)
-    tail = _stream(data, 8, first_pass=passes)
-    for (hr, lr), (hr_again, lr_again) in zip(whole[epoch:], tail):
-        assert np.array_equal(hr, hr_again) and np.array_equal(lr, lr_again)
+@pytest.mark.parametrize("consumers", [1, 2, 4])
+def test_interrupted_anywhere_each_consumer_goes_on_with_its_very_next_pair(
+    data: str, stream: list[Pair], consumers: int
+) -> None:
+    steps = 12 // consumers
+    first = int(np.random.default_rng(consumers).integers(1, steps))
+    begun, state = _consume(data, consumers, 4, first)
+    assert set(json.loads(state)) == {"dataset", "seed", "epoch", "consumed"}
+    resumed, _ = _consume(data, consumers, 4, steps - first, state)
+    for rank in range(consumers):
+        # Batches are dealt out in turn: of 48 pairs each consumer has every so-manieth four.
+        batches = [stream[i : i + 4] for i in range(4 * rank, 48, 4 * consumers)]
+        assert begun[rank] + resumed[rank] == list(itertools.chain(*batches))
 
 
-def test_two_epochs_differ_and_each_photo_comes_equally_often(data: str) -> None:
-    epoch = samples_per_epoch(read_manifest(data), SETTINGS)
-    pairs = _stream(data, 2 * epoch)
-    crops = {hr.tobytes() for hr, _ in pairs}
-    assert len(crops) == len(pairs) == 2 * PHOTOS * 4
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
+def test_another_number_of_consumers_gets_each_pair_of_the_epoch_once(
+    data: str, stream: list[Pair], before: int, after: int
+) -> None:
+    begun, state = _consume(data, before, 2, steps=2)
+    left = EPOCH - 2 * 2 * before
+    resumed, state = _consume(data, after, 2, -(-left // (2 * after)), state)
+    read = sorted(pair for share in begun + resumed for pair in share)
+    assert read[:EPOCH] == stream[:EPOCH]
+    assert FeedPosition.model_validate_json(state).epoch == 1
 
 
-def test_pairs_are_those_of_the_degradation(data: str, photo: Callable[..., np.ndarray]) -> None:
+def test_a_position_inside_a_pass_and_an_odd_batch(data: str, stream: list[Pair]) -> None:
+    (begun,), state = _consume(data, 1, 3, steps=9)  # 27 pairs: in the second epoch, in a pass
+    (resumed,), _ = _consume(data, 1, 4, steps=2, state=state)
+    assert begun + resumed == stream[:35]
+
+
+def test_epochs_differ_and_each_photo_comes_equally_often(
+    data: str, stream: list[Pair], photo: Callable[..., np.ndarray]
+) -> None:
+    assert len({hr for _, hr, _ in stream}) == len(stream) == 3 * EPOCH
+    assert [shard_order(3, epoch, 100).tolist() for epoch in (0, 0)] == [
+        shard_order(3, 0, 100).tolist()
+    ] * 2
+    assert shard_order(3, 0, 100).tolist() != shard_order(3, 1, 100).tolist()
+
+
+def test_pairs_are_those_of_the_degradation(
+    stream: list[Pair], photo: Callable[..., np.ndarray]
+) -> None:
     """Crop and degrade again, outside Ray, from the keys alone: the same bytes."""
-    epoch = samples_per_epoch(read_manifest(data), SETTINGS)
     expected = {}
     place = A.Compose([A.RandomCrop(32, 32), A.D4(p=1.0)])
     degradation = Degradation("teasr", seed=SETTINGS.seed)
@@ -75,11 +167,30 @@ def test_pairs_are_those_of_the_degradation(data: str, photo: Callable[..., np.n
         for variant in range(4):
             place.set_random_seed(sample_seed(SETTINGS.seed, "place", f"p{i}", variant))
             hr = np.ascontiguousarray(place(image=photo(80 + i, 90, seed=i))["image"])
-            expected[hr.tobytes()] = degradation(hr, f"p{i}", variant).lr
-    pairs = _stream(data, epoch)
-    for hr, lr in pairs:
-        assert np.array_equal(lr, expected.pop(hr.tobytes()))
+            expected[hr.tobytes()] = degradation(hr, f"p{i}", variant).lr.tobytes()
+    for _, hr, lr in stream[:EPOCH]:
+        assert lr == expected.pop(hr)
     assert not expected
+
+
+def test_an_unusable_photograph_moves_no_other_pair(
+    data: str, stream: list[Pair], tmp_path: Path
+) -> None:
+    """Damage one photograph in its shard: only its own four pairs of an epoch change."""
+    manifest = read_manifest(data)
+    shards = []
+    for shard in manifest.shards:
+        samples = list(read_shard(f"{data}/{shard.name}"))
+        for sample in samples:
+            if sample.key == "p2":
+                sample.members["png"] = sample.members["png"][:200]
+        shards.append(write_shard(str(tmp_path / shard.name), samples))
+    write_manifest(str(tmp_path), manifest.model_copy(update={"shards": tuple(shards)}))
+    make = training_pass(str(tmp_path), SETTINGS)
+    pairs = [p for i in range(3) for block in make({"pass": np.array([i])}) for p in _pairs(block)]
+    assert [number for number, _, _ in pairs] == list(range(EPOCH))
+    assert sum(a != b for a, b in zip(pairs, stream)) == 4
+    assert len({hr for _, hr, _ in pairs}) == EPOCH
 
 
 def test_locate_agrees_with_counting() -> None:
@@ -93,14 +204,42 @@ def test_locate_agrees_with_counting() -> None:
         for index in shard_order(5, epoch, 3):
             total += 2 * shards[index].samples
             ends.append(total)
-    for consumed in range(30):
-        passes = sum(end <= consumed for end in ends)
-        into = consumed - (ends[passes - 1] if passes else 0)
-        assert locate(manifest, settings, consumed) == (passes, into)
+    for number in range(30):
+        passes = sum(end <= number for end in ends)
+        into = number - (ends[passes - 1] if passes else 0)
+        assert locate(manifest, settings, number) == (passes, into)
+        position = FeedPosition.after(number, manifest, settings)
+        assert position.epoch == number // samples_per_epoch(manifest, settings)
+        assert position.number(manifest, settings) == number
+
+
+def test_lock_step_numbers_are_a_stretch_without_a_gap_and_refuse_any_other() -> None:
+    places = [LockStep(start=8, rank=rank, consumers=3, batch=4, rows=2) for rank in range(3)]
+    seen: list[int] = []
+    for _ in range(2):
+        for place in places:
+            numbers = place.expected()
+            seen += numbers.tolist()
+            place.check(numbers)
+    assert sorted(seen) == list(range(8, 8 + 24)) and {place.number for place in places} == {32}
+    with pytest.raises(TeasrError, match="worker 1 of 3 the pairs from 36 on where 34"):
+        places[1].check(places[1].expected() + 2)
+
+
+def test_a_position_in_another_stream_is_refused(data: str) -> None:
+    manifest = read_manifest(data)
+    position = FeedPosition.after(8, manifest, SETTINGS)
+    for change, words in (
+        ({"dataset": "0" * 64}, "data set 000000000000"),
+        ({"seed": 4}, "seed 4, not 3"),
+        ({"consumed": EPOCH}, f"more than {EPOCH} pairs"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            feed(data, SETTINGS, batch=4, position=position.model_copy(update=change))
 
 
 def test_unknown_preset_and_missing_dataset_are_told(data: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="teasr"):
-        feed(data, FeedSettings(preset="tease"), 1)
+        feed(data, FeedSettings(preset="tease"), batch=4)
     with pytest.raises(UsageError, match="ingest"):
-        feed(str(tmp_path), SETTINGS, 1)
+        feed(str(tmp_path), SETTINGS, batch=4)
