@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -89,8 +89,9 @@ class Recipe(Settings):
     """Pair dataset to measure on (made by `teasr synthesize`), never trained on."""
     photos: tuple[str, ...] = ()
     """Sources of photographs for `teasr retrain`, which makes `data` and `benchmark` from them."""
-    shrink: float = Field(1.0, ge=1)
-    """Factor by which `teasr retrain` shrinks photographs first, against their JPEG damage."""
+    shrink: Annotated[float, Field(ge=1)] | Literal["auto"] = 1.0
+    """Factor by which `teasr retrain` shrinks photographs first, against their JPEG damage; `auto`
+    decides for each."""
     held_out: float = Field(0.15, gt=0, lt=1)
     """Share of the photographs that `teasr retrain` keeps for the benchmark."""
     backbone: str | DiTSettings = "teasr-s"

@@ -25,7 +25,7 @@ from jobs.distill import distill
 from jobs.evaluate import EVALUATION_FILE, evaluate
 from jobs.recipe import Recipe
 from jobs.steps import Steps
-from pipelines.ingest import file_stamps, ingest, is_picture
+from pipelines.ingest import MOST_SHRINK, file_stamps, ingest, is_picture
 from pipelines.synthesize import synthesize
 from teasr import registry, tracking
 from teasr.errors import TeasrError, UsageError
@@ -155,7 +155,8 @@ def _ingest(steps: Steps, recipe: Recipe, data: Path, held_out: Path, pairs: Pat
     stamps = file_stamps(recipe.photos)
     sources = list(stamps)
     pictures = [source for source in sources if is_picture(source)]
-    side = math.ceil(recipe.shrink * recipe.evaluation.crop)
+    most = MOST_SHRINK if recipe.shrink == "auto" else recipe.shrink
+    side = math.ceil(most * recipe.evaluation.crop)
     usable = partial(_is_usable, min_side=side)
     chosen = split(pictures, recipe.held_out, data.parent / HELD_OUT_FILE, usable)
     train = [source for source in sources if source not in chosen]
@@ -168,8 +169,9 @@ def _ingest(steps: Steps, recipe: Recipe, data: Path, held_out: Path, pairs: Pat
         )
 
     def read() -> dict[str, Any]:
-        summary = ingest(train, str(data), shrink=recipe.shrink)
         kept = ingest(sorted(chosen), str(held_out), shrink=recipe.shrink)
+        # A copy of what is measured on, under another name, must not be learned from.
+        summary = ingest(train, str(data), shrink=recipe.shrink, against=[str(held_out)])
         bad = sum(summary.quarantined.values()) + sum(kept.quarantined.values())
         return {
             "summary": f"{summary.samples} photographs to learn from, {kept.samples} kept to "

@@ -8,6 +8,7 @@ travel back. The same command again finds the stats and does only what is missin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -26,7 +27,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.runtime import ensure_ray, quiet_ray_data
+from pipelines.runtime import LOST_WORKERS, ensure_ray, quiet_ray_data, workers_lost
 from teasr.config import Settings
 from teasr.errors import TeasrError, UsageError
 from teasr.shards import (
@@ -42,6 +43,7 @@ from teasr.shards import (
     write_manifest,
     write_shard,
 )
+from teasr.storage import StorageRefused, patiently
 
 QUARANTINE_NAME = "quarantine.jsonl"
 STATS_SUFFIX = ".stats.json"
@@ -100,8 +102,10 @@ class JobPlan:
         destination: URL of the dataset's folder.
         tasks: all shards of the dataset.
         done: stats of the shards that are there already, by name.
-        set_aside: files that are quarantined unseen; they do not count toward the bad share.
+        set_aside: files that go into no shard (no pictures, copies, what a filter keeps out); they
+            are quarantined too, but do not count toward the bad share.
         manifest: what the manifest will say, still without shards.
+        unseen: pictures that are still to be looked at, which may set some of them aside.
     """
 
     destination: str
@@ -109,6 +113,7 @@ class JobPlan:
     done: dict[str, ShardStats]
     set_aside: tuple[Rejected, ...]
     manifest: Manifest
+    unseen: int = 0
 
     @property
     def missing(self) -> tuple[ShardTask, ...]:
@@ -134,6 +139,7 @@ class JobSummary:
         shards: shards that this run wrote.
         skipped_shards: shards that were there already.
         manifest: as written.
+        written: samples in the shards that this run wrote.
     """
 
     destination: str
@@ -144,6 +150,12 @@ class JobSummary:
     shards: int
     skipped_shards: int
     manifest: Manifest
+    written: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Samples that this run wrote, per second."""
+        return self.written / self.seconds if self.seconds else 0.0
 
 
 def plan_job(
@@ -160,7 +172,7 @@ def plan_job(
     destination = absolute_url(destination)
     filesystem, path = url_to_fs(destination)
     tasks = tuple(tasks)
-    sizes = _sizes(filesystem, path, destination)
+    sizes = patiently(f"list {destination}", partial(_sizes, filesystem, path, destination))
     if MANIFEST_NAME in sizes:
         kind = read_manifest(destination).kind
         if kind != manifest.kind:
@@ -201,8 +213,9 @@ def _sizes(filesystem: Any, path: str, destination: str) -> dict[str, int]:
 
 def _read_stats(filesystem: Any, path: str) -> ShardStats | None:
     try:
-        return ShardStats.model_validate_json(filesystem.cat_file(path))
-    except (OSError, ValidationError):
+        read = patiently(f"read {path}", partial(filesystem.cat_file, path))
+        return ShardStats.model_validate_json(read)
+    except (OSError, StorageRefused, ValidationError):
         return None  # of another version or damaged: the shard is written again
 
 
@@ -229,11 +242,10 @@ def run_job(
     filesystem, path = url_to_fs(plan.destination)
     if missing:
         # A folder whose shards are being replaced is no dataset until the end.
-        if filesystem.exists(f"{path}/{MANIFEST_NAME}"):
-            filesystem.rm_file(f"{path}/{MANIFEST_NAME}")
+        _remove(filesystem, f"{path}/{MANIFEST_NAME}")
         remove_partials(plan.destination)
     stats = dict(plan.done)
-    with _progress(shown=bool(missing)) as progress:
+    with job_progress(shown=bool(missing)) as progress:
         total = sum(task.samples for task in missing)
         shards_bar = progress.add_task(f"{title}: shards", total=len(missing))
         samples_bar = progress.add_task(f"{title}: samples", total=total)
@@ -241,14 +253,15 @@ def run_job(
             stats[one.shard.name] = one
             progress.advance(shards_bar)
             progress.advance(samples_bar, one.shard.samples + len(one.quarantined))
+    if missing:
+        remove_partials(plan.destination)  # of workers that were killed, and whose work was redone
     ordered = [stats[task.name] for task in plan.tasks]
     rejected = [entry for one in ordered for entry in one.quarantined]
     samples = sum(one.shard.samples for one in ordered)
-    assert samples + len(rejected) == plan.samples, "a builder lost samples"
     everything = sorted((*rejected, *plan.set_aside), key=lambda entry: entry.source)
     lines = [json.dumps(entry.model_dump(), ensure_ascii=False) + "\n" for entry in everything]
     write_bytes(join_url(plan.destination, QUARANTINE_NAME), "".join(lines).encode())
-    _check_share(samples, rejected, plan, max_bad_share)
+    _check_share(samples, rejected if samples else everything, plan, max_bad_share)
     counts = dict(sorted(Counter(entry.reason for entry in everything).items()))
     manifest = plan.manifest.model_copy(
         update={
@@ -267,6 +280,7 @@ def run_job(
         shards=len(missing),
         skipped_shards=len(plan.done),
         manifest=manifest,
+        written=sum(stats[task.name].shard.samples for task in missing),
     )
 
 
@@ -295,10 +309,16 @@ def _remove_stale(filesystem: Any, path: str, plan: JobPlan) -> None:
     """Remove shards of an earlier, longer run: a reader that globs must not find them."""
     current = {task.name for task in plan.tasks}
     pattern = re.compile(rf"({re.escape(plan.manifest.kind)}-\d+\.tar)({re.escape(STATS_SUFFIX)})?")
-    for name in _sizes(filesystem, path, plan.destination):
+    listing = partial(_sizes, filesystem, path, plan.destination)
+    for name in patiently(f"list {plan.destination}", listing):
         match = pattern.fullmatch(name)
         if match and match[1] not in current:
-            filesystem.rm_file(f"{path}/{name}")
+            _remove(filesystem, f"{path}/{name}")
+
+
+def _remove(filesystem: Any, path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        patiently(f"remove {path}", partial(filesystem.rm_file, path))
 
 
 def shard_name(kind: str, index: int) -> str:
@@ -306,7 +326,8 @@ def shard_name(kind: str, index: int) -> str:
     return f"{kind}-{index:05d}.tar"
 
 
-def _progress(*, shown: bool) -> Progress:
+def job_progress(*, shown: bool) -> Progress:
+    """Bars on the terminal, where there is one and they are to be `shown`."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -327,22 +348,49 @@ _LOST_WORKERS = (
 )
 
 
+class OnRay:
+    """What Ray maps over rows: a text in, a text out; a user's error comes out as a value.
+
+    Raised on a worker it would reach the user wrapped in Ray's traceback.
+    """
+
+    def __call__(self, given: str) -> str:
+        """The work itself."""
+        raise NotImplementedError
+
+    def name(self, given: str) -> str:
+        """What people call this piece of work."""
+        raise NotImplementedError
+
+    def run(self, row: dict[str, str]) -> dict[str, str]:
+        """`__call__` on a row of Ray Data."""
+        try:
+            if workers_lost() >= LOST_WORKERS:
+                raise TeasrError(
+                    f"{self.name(row['given'])}: {workers_lost()} workers were lost while they "
+                    "worked on it.",
+                    "Memory ran out (start Ray with fewer CPUs), or a decoder crashes on one of "
+                    "its pictures.",
+                )
+            return {"result": self(row["given"]), "error": ""}
+        except TeasrError as error:
+            kind = "usage" if isinstance(error, UsageError) else "work"
+            about = {"kind": kind, "message": error.message, "hint": error.hint}
+            return {"result": "", "error": json.dumps(about)}
+
+
 @dataclass(frozen=True)
-class _BuildShard:
-    """The function that Ray maps over the rows: a task in, its stats or a user's error out."""
+class _BuildShard(OnRay):
+    """Writes a shard: its task in, its stats out, both as JSON."""
 
     builder: Builder
     destination: str
 
-    def run(self, row: dict[str, str]) -> dict[str, str]:
-        task = ShardTask.model_validate(json.loads(row["task"]))
-        try:
-            return {"stats": self.build(task).model_dump_json(), "error": ""}
-        except TeasrError as error:
-            # Raised here it would reach the user wrapped in Ray's traceback: it travels as a value.
-            kind = "usage" if isinstance(error, UsageError) else "work"
-            about = {"kind": kind, "message": error.message, "hint": error.hint}
-            return {"stats": "", "error": json.dumps(about)}
+    def __call__(self, given: str) -> str:
+        return self.build(ShardTask.model_validate(json.loads(given))).model_dump_json()
+
+    def name(self, given: str) -> str:
+        return f"Shard {json.loads(given)['name']}"
 
     def build(self, task: ShardTask) -> ShardStats:
         rejected: list[Rejected] = []
@@ -356,6 +404,12 @@ class _BuildShard:
 
         url = join_url(self.destination, task.name)
         info = write_shard(url, samples())
+        if info.samples + len(rejected) != task.samples:  # without stats it is written again
+            raise TeasrError(
+                f"Shard {task.name}: {task.samples} samples were to go in, but {info.samples} were "
+                f"written and {len(rejected)} rejected.",
+                "What it was made from does not agree with its manifest: make that again.",
+            )
         stats = ShardStats(fingerprint=task.fingerprint, shard=info, quarantined=tuple(rejected))
         write_bytes(url + STATS_SUFFIX, stats.model_dump_json(indent=1).encode() + b"\n")
         return stats
@@ -365,22 +419,37 @@ def _build_all(
     tasks: tuple[ShardTask, ...], builder: Builder, destination: str
 ) -> Iterator[ShardStats]:
     """The stats of each task as it is finished, in no fixed order."""
-    if not tasks:
+    # Plain ASCII JSON: a path on Linux may hold bytes that are no UTF-8.
+    texts = [json.dumps(task.model_dump()) for task in tasks]
+    for stats in map_on_ray(_BuildShard(builder, destination), texts, f"wrote {destination}"):
+        yield ShardStats.model_validate_json(stats)
+
+
+def map_on_ray(work: OnRay, given: list[str], doing: str) -> Iterator[str]:
+    """`work` on each of `given` on Ray's workers, one task each, as they end.
+
+    Args:
+        work: is sent to the workers.
+        given: at least the texts of a second's work each.
+        doing: what the workers did, for the message when they are lost.
+
+    Raises:
+        TeasrError, UsageError: that `work` raised; when Ray lost the workers.
+    """
+    if not given:
         return
     ensure_ray()
-    # Plain ASCII JSON: a path on Linux may hold bytes that are no UTF-8.
-    rows = [{"task": json.dumps(task.model_dump())} for task in tasks]
-    build = _BuildShard(builder, destination)
+    rows = [{"given": text} for text in given]
     try:
         with quiet_ray_data():
-            dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(build.run)
-            for row in dataset.iter_rows():
+            dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+            for row in dataset.map(work.run).iter_rows():
                 if row["error"]:
                     raise _error_of(json.loads(row["error"]))
-                yield ShardStats.model_validate_json(row["stats"])
+                yield row["result"]
     except _LOST_WORKERS as error:
         raise TeasrError(
-            f"Ray lost the workers that wrote {destination}: {str(error).splitlines()[0]}",
+            f"Ray lost the workers that {doing}: {str(error).splitlines()[0]}",
             "When memory ran out, start Ray with fewer CPUs; then run the same command again.",
         ) from None
 

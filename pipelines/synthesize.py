@@ -9,6 +9,7 @@ variant) alone, never on the shard, the worker or the attempt, and stays with it
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from pipelines.shard_job import (
     ShardTask,
     plan_job,
     run_job,
-    shard_name,
 )
 from teasr import images
 from teasr.degradation import SCALE, Degradation, DegradationSettings, load_preset, sample_seed
@@ -32,6 +32,7 @@ from teasr.shards import (
     SHARD_PICTURES,
     Manifest,
     Sample,
+    ShardInfo,
     absolute_url,
     content_hash,
     join_url,
@@ -39,6 +40,9 @@ from teasr.shards import (
     read_manifest,
     read_shard,
 )
+
+# A worker holds several float copies of what it degrades: this many pixels keep it below 700 MB.
+MAX_PIXELS = 4_000_000
 
 
 def synthesize(
@@ -65,7 +69,8 @@ def synthesize(
         seed: of everything that is drawn.
         crop: side in pixels, a multiple of 4, of a square cut at random from each picture for each
             variant; smaller pictures are left out. Without it the whole picture is used, but for
-            up to 3 pixels at the right and the bottom.
+            up to 3 pixels at the right and the bottom; of a picture of more than `MAX_PIXELS`, a
+            window of its shape and about so many pixels, at random for each variant.
         max_bad_share: share of pairs (0 to 1) that may be left out because their picture cannot be
             used; by default 0.5, applied from 20 pairs up.
 
@@ -110,12 +115,13 @@ def plan(
     shared = ["synthesize", settings.model_dump(mode="json"), copies, seed, crop, versions]
     tasks = [
         ShardTask(
-            name=shard_name("pairs", index),
+            # Named after its HR shard, so that one that goes or comes renames no other.
+            name=shard.name.replace("hr-", "pairs-", 1),
             samples=shard.samples * copies,
-            payload={"shard": shard.name},
+            payload={"shard": shard.model_dump()},
             fingerprint=content_hash([*shared, shard.sha256]),
         )
-        for index, shard in enumerate(parent.shards)
+        for shard in parent.shards
     ]
     manifest = Manifest(
         kind="pairs",
@@ -143,7 +149,8 @@ class _SynthesizeShard:
     def __call__(self, task: ShardTask) -> Iterator[Sample | Rejected]:
         cv2.setNumThreads(1)  # a task has one core
         degradation = Degradation(self.settings, self.seed)
-        for sample in read_shard(join_url(self.source, task.payload["shard"])):
+        shard = ShardInfo.model_validate(task.payload["shard"])
+        for sample in read_shard(join_url(self.source, shard.name), shard, "hr"):
             try:
                 rgb = _decode_hr(sample, self.crop or SCALE)
             except images.BadPicture as error:
@@ -171,21 +178,19 @@ class _SynthesizeShard:
     def _place(self, key: str, variant: int, height: int, width: int) -> dict[str, Any]:
         """The part of the picture that becomes HR: sides are multiples of the scale."""
         if self.crop is None:
-            return {
-                "top": 0,
-                "left": 0,
-                "height": height - height % SCALE,
-                "width": width - width % SCALE,
-            }
-        # A stream of its own: the degradation draws the same with and without a crop.
-        name = f"{self.settings.name}/crop"
-        random = np.random.default_rng(sample_seed(self.seed, name, key, variant))
-        return {
-            "top": int(random.integers(height - self.crop + 1)),
-            "left": int(random.integers(width - self.crop + 1)),
-            "height": self.crop,
-            "width": self.crop,
-        }
+            share = min(1.0, math.sqrt(MAX_PIXELS / (height * width)))
+            rows = max(SCALE, int(height * share) // SCALE * SCALE)
+            columns = max(SCALE, int(width * share) // SCALE * SCALE)
+        else:
+            rows = columns = self.crop
+        top = left = 0
+        if self.crop is not None or height * width > MAX_PIXELS:
+            # A stream of its own: the degradation draws the same with and without a crop.
+            name = f"{self.settings.name}/crop"
+            random = np.random.default_rng(sample_seed(self.seed, name, key, variant))
+            top = int(random.integers(height - rows + 1))
+            left = int(random.integers(width - columns + 1))
+        return {"top": top, "left": left, "height": rows, "width": columns}
 
 
 def _decode_hr(sample: Sample, min_side: int) -> images.Bytes:

@@ -4,16 +4,29 @@ import contextlib
 import io
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, _webp
 
 from teasr.errors import UsageError
-from teasr.images import PICTURE_SUFFIXES, BadPicture, bicubic_upsample, decode, encode, header
+from teasr.images import (
+    PICTURE_SUFFIXES,
+    BadPicture,
+    bicubic_upsample,
+    decode,
+    encode,
+    header,
+    is_plain,
+    jpeg_quality,
+    look,
+)
 
 
 @pytest.fixture
@@ -469,3 +482,151 @@ def test_suffixes_cover_the_formats() -> None:
         "TIFF",
         "BMP",
     }
+
+
+# ---------------------------------------------------------------- large pictures
+
+
+@pytest.fixture(scope="module")
+def large() -> Image.Image:
+    """Of several strips; 3.1 megapixels."""
+    rows, columns = np.mgrid[0:1400, 0:2200]
+    channels = [(rows * 3 + columns) % 256, (rows + columns * 2) % 251, (rows * columns) % 256]
+    return Image.fromarray(np.stack(channels, axis=2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 3])
+def test_strips_make_the_picture_that_one_piece_makes(large: Image.Image, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    transparent = large.copy()
+    transparent.putalpha(large.getchannel(1))
+    palette = large.quantize(16)
+    for image, mode in ((large, "RGB"), (transparent, "RGBA"), (palette, "RGB")):
+        picture = decode(saved(image, "png", exif=exif))
+        whole = np.asarray(image.convert(mode))
+        np.testing.assert_array_equal(picture.rgb, UPRIGHT[orientation](whole[..., :3]))
+        if mode == "RGBA":
+            np.testing.assert_array_equal(picture.alpha, UPRIGHT[orientation](whole[..., 3]))
+
+
+def test_16_bits_in_strips(large: Image.Image) -> None:
+    samples = np.asarray(large).astype(np.uint16) * 250
+    np.testing.assert_array_equal(decode(png(samples, 2)).rgb, nearest_level(samples))
+    grey = decode(png(samples[..., :1], 0)).rgb
+    np.testing.assert_array_equal(grey[..., 1], nearest_level(samples[..., 0]))
+
+
+def test_a_jpeg_beyond_the_memory_is_read_reduced(large: Image.Image) -> None:
+    data = saved(large.resize((2200, 1400), Image.Resampling.BOX), "jpeg", quality=80)
+    need = len(data) + (16 << 20) + 7 * 2200 * 1400
+    assert decode(data, max_memory=need).reduced_by == 1
+    for memory, reduced_by in ((need - 1, 2), (need - 6 * 2200 * 1400, 4)):
+        picture = decode(data, max_memory=memory)
+        assert picture.reduced_by == reduced_by
+        assert picture.rgb.shape == (1400 // reduced_by, 2200 // reduced_by, 3)
+        opened = Image.open(io.BytesIO(data))
+        expected = opened.reduce(reduced_by)
+        difference = picture.rgb.astype(int) - np.asarray(expected)
+        assert abs(difference.mean()) < 1
+    assert refused(data, max_memory=need - 1, min_side=701) == "too-small"
+    assert refused(data, max_memory=1 << 20) == "too-many-pixels"
+    progressive = saved(large, "jpeg", quality=80, progressive=True, subsampling=0)
+    assert decode(progressive, max_memory=need + len(progressive)).reduced_by > 1
+
+
+@pytest.mark.parametrize("format", ["png", "webp", "tiff", "bmp"])
+def test_other_formats_beyond_the_memory_are_refused(large: Image.Image, format: str) -> None:
+    data = saved(large, format)
+    assert refused(data, max_memory=30_000_000) == "too-many-pixels"
+
+
+PEAK = """
+import re, sys
+from teasr import images
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+data = open(sys.argv[1], "rb").read()
+images.decode(open(sys.argv[2], "rb").read())  # whatever is loaded on first use
+before = peak()
+getattr(images, sys.argv[3])(data, max_memory=int(sys.argv[4]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("format", "function", "per_pixel"),
+    [("png", "decode", 7), ("jpeg", "decode", 7), ("png", "is_plain", 4), ("jpeg", "is_plain", 4)],
+)
+def test_peak_memory_of_a_large_picture(
+    format: str, function: str, per_pixel: int, large: Image.Image, tmp_path: Path
+) -> None:
+    pixels = 5000 * 4000
+    (tmp_path / "large").write_bytes(saved(large.resize((5000, 4000)), format))
+    (tmp_path / "small").write_bytes(saved(large.resize((50, 40)), format))
+    peaks = []
+    reducible = format == "jpeg" and function == "decode"
+    for memory in (1 << 40, 100_000_000) if reducible else (1 << 40,):
+        command = [sys.executable, "-c", PEAK, "large", "small", function, str(memory)]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout))
+        assert peaks[-1] <= min(memory, per_pixel * pixels + (20 << 20))
+    assert peaks[0] > 3 * pixels  # it was measured
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_jpeg_quality_is_the_one_it_was_written_with(subsampling: int, rgb: np.ndarray) -> None:
+    for quality in range(1, 101):
+        data = saved(Image.fromarray(rgb), "jpeg", quality=quality, subsampling=subsampling)
+        assert jpeg_quality(data) == quality
+    assert jpeg_quality(saved(Image.fromarray(rgb[..., 0]), "jpeg", quality=61)) == 61
+    assert jpeg_quality(saved(Image.fromarray(rgb), "png")) is None
+
+
+def test_jpeg_quality_of_tables_that_are_not_standard(rgb: np.ndarray) -> None:
+    flat = [[8] * 64, [8] * 64]
+    finer = [[2] * 64, [2] * 64]
+    qualities = [
+        jpeg_quality(saved(Image.fromarray(rgb), "jpeg", qtables=tables))
+        for tables in (flat, finer)
+    ]
+    assert 85 <= qualities[0] < qualities[1] <= 99
+
+
+def test_a_look_is_grey_upright_and_no_larger_than_asked(large: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    smooth = Image.fromarray(np.asarray(large)).reduce(8).resize(large.size)
+    expected = np.asarray(smooth.convert("L").resize((512, 326), Image.Resampling.BOX)).astype(int)
+    for format in ("jpeg", "png"):
+        seen = look(saved(smooth, format, exif=exif), 512)
+        assert (seen.width, seen.height, seen.format) == (1400, 2200, format)
+        assert seen.grey.shape == (512, 326)
+        assert np.abs(seen.grey - np.rot90(expected, -1)).mean() < 2
+    assert look(saved(large.resize((40, 30)), "png"), 512).grey.shape == (30, 40)
+    with pytest.raises(BadPicture) as caught:
+        look(saved(large, "jpeg")[:-3000], 64)
+    assert caught.value.reason == "truncated"
+
+
+def test_plain_pictures_are_those_that_every_reader_shows_alike(rgb: np.ndarray) -> None:
+    image = Image.fromarray(rgb)
+    turned = Image.Exif()
+    turned[274] = 8
+    for format in ("png", "jpeg", "webp"):
+        assert is_plain(saved(image, format))
+        assert not is_plain(saved(image, format, exif=turned))
+    for other in (
+        saved(image, "tiff"),
+        saved(image.convert("L"), "png"),
+        saved(image.quantize(8), "png"),
+        saved(image.convert("RGBA"), "png"),
+        saved(image, "png", transparency=(1, 2, 3)),
+        png(rgb.astype(np.uint16), 2),
+    ):
+        assert not is_plain(other)
+    with pytest.raises(BadPicture, match="cut off"):
+        is_plain(saved(image, "jpeg")[:-40])

@@ -14,14 +14,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import fsspec
 import numpy as np
 import pytest
 import ray
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from pipelines.ingest import _IngestShard, ingest, plan
+from pipelines.ingest import LAYOUT_NAME, _IngestShard, ingest, plan
 from pipelines.shard_job import JobPlan, Rejected, ShardTask, _BuildShard, plan_job, run_job
+from pipelines.synthesize import synthesize
 from teasr.errors import TeasrError, UsageError
 from teasr.images import decode
 from teasr.shards import Manifest, Sample, read_manifest, read_shard
@@ -107,7 +109,7 @@ def quarantine(destination: Path) -> dict[str, str]:
 
 
 def test_every_kind_of_file(zoo: Path, tmp_path: Path, photo: Photo) -> None:
-    summary = ingest([str(zoo)], str(tmp_path / "hr"), shard_size=4)
+    summary = ingest([str(zoo)], str(tmp_path / "hr"), shard_size=4, duplicates="keep")
     assert quarantine(tmp_path / "hr") == {
         "truncated.jpg": "truncated",
         "empty.png": "not-an-image",
@@ -189,7 +191,7 @@ def test_a_rerun_does_only_what_is_missing(tmp_path: Path, photo: Photo) -> None
 def test_new_and_lost_photographs(tmp_path: Path, photo: Photo) -> None:
     source, target = album(tmp_path / "photos", photo), tmp_path / "hr"
     before = ingest([str(source)], str(target), shard_size=2)
-    (source / "p9.png").write_bytes((source / "p0.png").read_bytes())
+    Image.fromarray(photo(seed=9)).save(source / "p9.png")
     more = ingest([str(source)], str(target), shard_size=2)
     assert (more.samples, more.shards, more.skipped_shards) == (7, 1, 3)
     (source / "p9.png").unlink()
@@ -277,7 +279,7 @@ def test_globs_single_pictures_and_overlaps(tmp_path: Path, photo: Photo) -> Non
 
 def test_equal_names_in_two_folders_get_two_keys(tmp_path: Path, photo: Photo) -> None:
     folders = [album(tmp_path / name / "photos", photo, 2) for name in ("x", "y")]
-    summary = ingest([str(folder) for folder in folders], str(tmp_path / "hr"))
+    summary = ingest([str(folder) for folder in folders], str(tmp_path / "hr"), duplicates="keep")
     assert summary.samples == len(all_samples(tmp_path / "hr")) == 4
 
 
@@ -319,7 +321,7 @@ def test_our_own_shards_are_a_source(tmp_path: Path, photo: Photo) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX only")
 def test_a_name_that_is_no_text(tmp_path: Path, photo: Photo) -> None:
     source = album(tmp_path / "photos", photo, 2)
-    data = (source / "p0.png").read_bytes()
+    data = saved(Image.fromarray(photo(seed=7)), "PNG")
     with open(os.fsencode(source) + b"/\xff\xfe.png", "wb") as file:  # noqa: PTH123
         file.write(data)
     assert ingest([str(source)], str(tmp_path / "hr")).samples == 3
@@ -354,10 +356,276 @@ def test_requests_that_are_wrong(tmp_path: Path, photo: Photo) -> None:
             ingest([str(source)], str(inside))
     with pytest.raises(UsageError, match="is a file"):
         ingest([str(source)], str(empty / "notes.txt"))
-    for wrong in ({"shard_size": 0}, {"shrink": 0.5}, {"min_side": 0}, {"max_bad_share": 2}):
+    wrongs = ({"shard_size": 0}, {"shrink": 0.5}, {"min_side": 0}, {"max_bad_share": 2})
+    more = (
+        {"shrink": "much"},
+        {"duplicates": "all"},
+        {"min_sharpness": 2},
+        {"min_jpeg_quality": -1},
+    )
+    for wrong in (*wrongs, *more):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             ingest([str(source)], target, **wrong)
     assert not (tmp_path / "hr").exists()
+
+
+# ---------------------------------------------------------------- growth
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("hr-*.tar*")}
+
+
+def members_of(folder: Path) -> dict[str, list[str]]:
+    return json.loads((folder / LAYOUT_NAME).read_text())["shards"]
+
+
+def add(folder: Path, photo: Photo, *names: str) -> None:
+    for name in names:
+        Image.fromarray(photo(seed=sum(name.encode()))).save(folder / f"{name}.png")
+
+
+def test_new_photographs_get_new_shards_and_nothing_else_changes(
+    tmp_path: Path, photo: Photo
+) -> None:
+    source, target = album(tmp_path / "photos", photo), tmp_path / "hr"
+    first = ingest([str(source)], str(target), shard_size=4)
+    before = files_of(target)
+    add(source, photo, "a-first", "p2-middle", "zz-last")
+    assert [task.name for task in plan([str(source)], str(target), shard_size=4).missing] == [
+        "hr-00002.tar"
+    ]
+    grown = ingest([str(source)], str(target), shard_size=4)
+    assert (grown.samples, grown.written, grown.shards, grown.skipped_shards) == (9, 3, 1, 2)
+    after = files_of(target)
+    assert {name: after[name] for name in before} == before
+    assert grown.manifest.shards[:2] == first.manifest.shards
+    assert grown.manifest.fingerprint != first.manifest.fingerprint
+    assert [s.key for s in read_shard(str(target / "hr-00002.tar"))] == [
+        "a-first",
+        "p2-middle",
+        "zz-last",
+    ]
+    again = ingest([str(source)], str(target), shard_size=4)
+    assert (again.shards, again.written, again.manifest) == (0, 0, grown.manifest)
+    anew = ingest([str(source)], str(tmp_path / "anew"), shard_size=4)
+    assert [shard.samples for shard in anew.manifest.shards] == [4, 4, 1]
+
+
+def test_removed_and_changed_photographs_leave_only_their_own_shards(
+    tmp_path: Path, photo: Photo
+) -> None:
+    source, target = album(tmp_path / "photos", photo, 8), tmp_path / "hr"
+    ingest([str(source)], str(target), shard_size=2)
+    before = files_of(target)
+    (source / "p0.png").unlink()
+    Image.fromarray(photo(seed=77)).save(source / "p5.png")
+    os.utime(source / "p5.png", ns=(1, 1))
+    for name in ("p2", "p3"):  # a whole shard
+        (source / f"{name}.png").unlink()
+    changed = ingest([str(source)], str(target), shard_size=2)
+    after = files_of(target)
+    assert after["hr-00003.tar"] == before["hr-00003.tar"]
+    assert "hr-00001.tar" not in after and "hr-00001.tar.stats.json" not in after
+    held = {n: [s.key for s in read_shard(str(target / n))] for n in after if n.endswith("tar")}
+    assert held == {
+        "hr-00000.tar": ["p1"],
+        "hr-00002.tar": ["p4"],
+        "hr-00003.tar": ["p6", "p7"],
+        "hr-00004.tar": ["p5"],
+    }
+    assert (changed.shards, changed.skipped_shards, changed.samples) == (3, 1, 5)
+
+
+def test_keys_stay_and_new_ones_differ(tmp_path: Path, photo: Photo) -> None:
+    source, target = album(tmp_path / "photos", photo, 2), tmp_path / "hr"
+    ingest([str(source)], str(target))
+    for seed, name in enumerate(("P0.webp", "p1.jpg", "p1.webp"), 40):
+        Image.fromarray(photo(seed=seed)).save(source / name)
+    ingest([str(source)], str(target))
+    sources = {json.loads(s.members["json"])["source"]: k for k, s in all_samples(target).items()}
+    assert (sources["p0.png"], sources["p1.png"]) == ("p0", "p1")
+    assert all(len(sources[name]) == 13 for name in ("P0.webp", "p1.jpg", "p1.webp"))
+    assert len({key.lower() for key in sources.values()}) == 5
+
+
+def test_a_grown_job_that_is_cut_short_goes_on_with_the_same_members(
+    tmp_path: Path, photo: Photo
+) -> None:
+    source, target = album(tmp_path / "photos", photo), tmp_path / "hr"
+    ingest([str(source)], str(target), shard_size=2)
+    add(source, photo, "a", "m", "n")
+    whole = ingest([str(source)], str(target), shard_size=2)
+    members = members_of(target)
+    for name in ("hr-00001.tar", "hr-00003.tar", "hr-00004.tar.stats.json", "manifest.json"):
+        (target / name).unlink()
+    add(source, photo, "b")  # and meanwhile there is another one
+    finished = ingest([str(source)], str(target), shard_size=2)
+    assert finished.manifest.shards[:5] == whole.manifest.shards
+    assert {name: members_of(target)[name] for name in members} == members
+    assert (finished.shards, finished.skipped_shards) == (4, 2)
+
+
+def test_other_options_deal_anew(tmp_path: Path, photo: Photo) -> None:
+    source, target = album(tmp_path / "photos", photo, 4), tmp_path / "hr"
+    ingest([str(source)], str(target), shard_size=2)
+    add(source, photo, "a")
+    ingest([str(source)], str(target), shard_size=2)
+    anew = ingest([str(source)], str(target), shard_size=3)
+    fresh = ingest([str(source)], str(tmp_path / "fresh"), shard_size=3)
+    assert anew.manifest == fresh.manifest
+
+
+def test_pairs_grow_with_their_photographs(tmp_path: Path, photo: Photo) -> None:
+    source, hr, pairs = album(tmp_path / "photos", photo), tmp_path / "hr", tmp_path / "pairs"
+    ingest([str(source)], str(hr), shard_size=2)
+    first = synthesize(str(hr), str(pairs))
+    before = {path.name: path.read_bytes() for path in pairs.glob("pairs-*.tar")}
+    add(source, photo, "a", "p3-b", "z")
+    ingest([str(source)], str(hr), shard_size=2)
+    grown = synthesize(str(hr), str(pairs))
+    assert (grown.samples, grown.shards, grown.skipped_shards) == (9, 2, 3)
+    assert grown.manifest.shards[:3] == first.manifest.shards
+    assert {name: (pairs / name).read_bytes() for name in before} == before
+    (source / "p2.png").unlink()
+    (source / "p3.png").unlink()  # a shard in the middle vanishes
+    ingest([str(source)], str(hr), shard_size=2)
+    shrunk = synthesize(str(hr), str(pairs))
+    assert (shrunk.samples, shrunk.shards, shrunk.skipped_shards) == (7, 0, 4)
+
+
+# ---------------------------------------------------------------- hygiene
+
+
+def scene(seed: int) -> Image.Image:
+    """Blobs of every size, which a perceptual hash tells apart."""
+    random = np.random.default_rng(seed)
+    total = np.zeros((480, 640, 3), np.float32)
+    for cells in (3, 8, 20, 60, 160):
+        coarse = random.normal(0, 1, (cells, cells * 4 // 3, 3)).astype(np.float32)
+        total += cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC) * 40 / cells**0.4
+    return Image.fromarray((128 + total).clip(0, 255).astype(np.uint8))
+
+
+def scenes(folder: Path, count: int = 4) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"s{i}.jpg").write_bytes(saved(scene(i), "JPEG", quality=95))
+    return folder
+
+
+def reasons(destination: Path) -> dict[str, str]:
+    lines = (destination / "quarantine.jsonl").read_text().splitlines()
+    return {e["source"]: f"{e['reason']}: {e['message']}" for e in map(json.loads, lines)}
+
+
+def test_copies_are_set_aside_and_say_of_what(tmp_path: Path) -> None:
+    source, target = scenes(tmp_path / "photos"), tmp_path / "hr"
+    (source / "a-same.jpg").write_bytes((source / "s1.jpg").read_bytes())
+    (source / "b-small.jpg").write_bytes(saved(scene(2).resize((320, 240)), "JPEG", quality=60))
+    near = ingest([str(source)], str(target))
+    assert reasons(target) == {
+        "s1.jpg": "duplicate: Its bytes are those of a-same.jpg (640 x 480), which is kept.",
+        "b-small.jpg": "near-duplicate: It is a near-duplicate of s2.jpg (640 x 480), which is "
+        "kept.",
+    }
+    assert (near.samples, near.quarantined) == (4, {"duplicate": 1, "near-duplicate": 1})
+    assert near.samples + sum(near.quarantined.values()) == 6
+    exact = ingest([str(source)], str(tmp_path / "exact"), duplicates="exact")
+    assert (exact.samples, exact.quarantined) == (5, {"duplicate": 1})
+    kept = ingest([str(source)], str(tmp_path / "kept"), duplicates="keep")
+    assert (kept.samples, kept.quarantined) == (6, {})
+    assert not list((tmp_path / "kept").glob("scan-*"))
+
+
+def test_what_is_in_the_dataset_is_not_thrown_out_for_a_better_copy(tmp_path: Path) -> None:
+    source, target = tmp_path / "photos", tmp_path / "hr"
+    source.mkdir()
+    (source / "small.jpg").write_bytes(saved(scene(1).resize((320, 240)), "JPEG"))
+    ingest([str(source)], str(target))
+    before = files_of(target)
+    (source / "large.jpg").write_bytes(saved(scene(1), "JPEG", quality=95))
+    (source / "other.jpg").write_bytes(saved(scene(2), "JPEG", quality=95))
+    grown = ingest([str(source)], str(target))
+    assert (grown.shards, grown.quarantined) == (1, {"near-duplicate": 1})
+    assert list(quarantine(target)) == ["large.jpg"]
+    assert {name: files_of(target)[name] for name in before} == before
+    (source / "small.jpg").unlink()  # the copy takes its place, in a shard of its own
+    ingest([str(source)], str(target))
+    assert sorted(all_samples(target)) == ["large", "other"]
+    assert quarantine(target) == {}
+
+
+def test_a_rerun_looks_only_at_what_is_new(tmp_path: Path) -> None:
+    source, target = scenes(tmp_path / "photos"), tmp_path / "hr"
+    assert plan([str(source)], str(target)).unseen == 4
+    assert not target.exists()
+    ingest([str(source)], str(target))
+    (source / "copy.jpg").write_bytes((source / "s0.jpg").read_bytes())
+    assert plan([str(source)], str(target)).unseen == 1
+    ingest([str(source)], str(target))
+    dry = plan([str(source)], str(target))
+    assert (dry.unseen, [entry.source for entry in dry.set_aside]) == (0, ["copy.jpg"])
+    parts = sorted(target.glob("scan-*.jsonl"))
+    assert [len(part.read_text().splitlines()) for part in parts] == [4, 1]
+
+
+def test_a_benchmark_is_not_learned_from(tmp_path: Path) -> None:
+    source = scenes(tmp_path / "photos")
+    crop, whole = scene(1).crop((100, 60, 400, 360)), scene(3).resize((320, 240))
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    crop.save(bench / "crop.png")
+    whole.save(bench / "whole.png")
+    dataset = ingest([str(bench)], str(tmp_path / "bench-hr")).destination
+    pairs = synthesize(dataset, str(tmp_path / "bench-pairs")).destination
+    for benchmark in (str(bench), dataset, pairs):
+        target = tmp_path / Path(benchmark).name.replace("bench", "hr")
+        summary = ingest([str(source)], str(target), against=[benchmark])
+        assert (summary.samples, summary.quarantined["benchmark-leak"]) == (2, 2), benchmark
+        assert sorted(quarantine(target)) == ["s1.jpg", "s3.jpg"]
+    assert "crop.png is in it" in reasons(tmp_path / "hr")["s1.jpg"]
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        ingest([str(source)], str(tmp_path / "x"), against=[str(tmp_path / "nowhere")])
+
+
+def test_blur_and_jpeg_damage_are_filtered_on_request(tmp_path: Path) -> None:
+    source = scenes(tmp_path / "photos")
+    soft = scene(8).filter(ImageFilter.GaussianBlur(6))
+    (source / "soft.jpg").write_bytes(saved(soft, "JPEG", quality=95))
+    (source / "crushed.jpg").write_bytes(saved(scene(9), "JPEG", quality=20))
+    plain = ingest([str(source)], str(tmp_path / "all"))
+    assert (plain.samples, plain.quarantined) == (6, {})
+    strict = ingest([str(source)], str(tmp_path / "hr"), min_sharpness=0.1, min_jpeg_quality=50)
+    assert reasons(tmp_path / "hr") == {
+        "soft.jpg": "blurred: Its sharpness is 0.05, less than 0.1.",
+        "crushed.jpg": "jpeg-damage: Its JPEG quality is about 20, less than 50.",
+    }
+    assert strict.samples == 4
+    with pytest.raises(TeasrError, match="6 blurred"):
+        ingest([str(source)], str(tmp_path / "none"), min_sharpness=1)
+    assert not (tmp_path / "none" / "manifest.json").exists()
+
+
+def test_automatic_shrinking_by_jpeg_quality(tmp_path: Path) -> None:
+    source = tmp_path / "photos"
+    source.mkdir()
+    for i, quality in enumerate((95, 80, 40)):
+        (source / f"q{quality}.jpg").write_bytes(saved(scene(i), "JPEG", quality=quality))
+    tight = scene(4).resize((240, 160))
+    (source / "tight.jpg").write_bytes(saved(tight, "JPEG", quality=40))
+    scene(5).save(source / "lossless.png")
+    ingest([str(source)], str(tmp_path / "hr"), shrink="auto", min_side=100)
+    about = {k: json.loads(s.members["json"]) for k, s in all_samples(tmp_path / "hr").items()}
+    assert {k: (a["jpeg_quality"], a["shrunk_by"], a["width"]) for k, a in about.items()} == {
+        "q95": (95, 1, 640),
+        "q80": (80, 1.5, 427),
+        "q40": (40, 2, 320),
+        "tight": (40, 1.5, 160),  # halved it would have 80 pixels
+        "lossless": (None, 1, 640),
+    }
+    assert about["q95"]["encoded_because"] == []
+    assert about["q40"]["encoded_because"] == ["shrunk"]
 
 
 # ---------------------------------------------------------------- the common machine
