@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import ray.data
+import torch
 from numpy.typing import NDArray
 
-from pipelines.runtime import ensure_ray, network_of_this_process, quiet_ray_data
-from teasr.backbones import load_backbone
+from pipelines.runtime import ensure_ray, quiet_ray_data
+from teasr.backbones import DualBranchDiT, load_backbone
 from teasr.errors import TeasrError
 from teasr.evaluation import BICUBIC, Evaluation, system_name
 from teasr.images import bicubic_upsample, decode, encode
@@ -128,7 +129,7 @@ def _read(row: dict[str, Any]) -> list[dict[str, Any]]:
             "hr": sample.members["hr.png"],
             "lr": sample.members["lr.png"],
         }
-        for i, sample in enumerate(read_shard(row["shard"]))
+        for i, sample in enumerate(read_shard(row["shard"], kind="pairs"))
     ]
 
 
@@ -156,7 +157,7 @@ class _Scorer:
         return {**row, **pictures, "figures": document}
 
     def _systems(self, lr: Bytes) -> Iterator[tuple[str, Bytes, float]]:
-        network = network_of_this_process(self.model)
+        network = _network_of_this_process(self.model)
         begin = time.perf_counter()
         yield BICUBIC, bicubic_upsample(lr, network.scale), time.perf_counter() - begin
         for steps in self.steps:
@@ -164,6 +165,13 @@ class _Scorer:
             begin = time.perf_counter()
             restored = restore(network, lr, settings)
             yield system_name(steps), restored, time.perf_counter() - begin
+
+
+@lru_cache(maxsize=1)
+def _network_of_this_process(model: Path) -> DualBranchDiT:
+    """The network, loaded once per Ray worker and kept for its next tasks; one thread each."""
+    torch.set_num_threads(1)
+    return load_backbone(model)
 
 
 @lru_cache(maxsize=1)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
+from typing import TextIO
 
 import ray
 import ray.data
-import torch
+from ray._private.worker import global_worker
 
-from teasr.backbones import DualBranchDiT, load_backbone
 from teasr.errors import TeasrError
 
 # The pipelines pass names and figures through the object store, never pictures.
 OBJECT_STORE_BYTES = 1_000_000_000
+
+LOST_WORKERS = 5
+"""So many workers may be lost to one task, before the task is taken for the cause."""
+
+_ACTOR_LINE = b"has constructor arguments in the object store and max_restarts > 0"
 
 
 def ensure_ray(num_cpus: int | None = None) -> None:
@@ -56,6 +61,18 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     )
 
 
+def workers_lost() -> int:
+    """How many workers were lost to the task that this is (of actors Ray keeps no count).
+
+    Ray Data starts a task again without an end: a picture on which a decoder crashes, or for which
+    the memory does not suffice, would be tried for ever. Compare with `LOST_WORKERS`.
+    """
+    # Ray counts, but has no public word for it.
+    worker = getattr(global_worker, "core_worker", None)
+    count = getattr(worker, "get_current_task_attempt_number", None)
+    return int(count()) if count else 0
+
+
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
     """Within the block Ray Data shows no progress and no announcements; its warnings stay.
@@ -88,11 +105,44 @@ def quiet_ray_data() -> Iterator[None]:
             item.setLevel(level)
 
 
-@lru_cache(maxsize=1)
-def network_of_this_process(model: Path) -> DualBranchDiT:
-    """The network in the folder `model`, loaded once per Ray worker and kept for its next tasks.
+@contextmanager
+def quiet_actor_start() -> Iterator[None]:
+    """Within the block one line of Ray's is kept from the terminal; everything else passes.
 
-    Computes on one thread: a task has one of Ray's CPUs.
+    Ray Data lets its actors be restarted and gives them arguments in the object store, and Ray
+    calls that an error with every actor that is started. The line is written by compiled code, past
+    Python's logging and without a setting, so it is taken out of the stream itself. `sys.stderr`
+    reaches the terminal directly meanwhile, so that progress bars still see one.
     """
-    torch.set_num_threads(1)
-    return load_backbone(model)
+    before = sys.stderr
+    before.flush()
+    terminal = os.dup(2)
+    read_end, write_end = os.pipe()
+
+    def pass_on() -> None:
+        with os.fdopen(read_end, "rb") as lines, os.fdopen(terminal, "wb", buffering=0) as out:
+            for line in lines:
+                if _ACTOR_LINE not in line:
+                    out.write(line)
+
+    direct = os.fdopen(os.dup(2), "w", buffering=1) if _descriptor(before) == 2 else before
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    sys.stderr = direct
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)  # the pipe has no writer left, and the thread ends
+        thread.join(timeout=1)  # unless a process that was started meanwhile holds it
+        sys.stderr = before
+        if direct is not before:
+            direct.close()
+
+
+def _descriptor(stream: TextIO) -> int:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        return -1
