@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -58,12 +59,23 @@ def compare(
 
 @torch.no_grad()
 def batched(reference: basicsr.BasicSR, images: torch.Tensor, steps: list[Step]) -> None:
+    """Run `steps` on a batch, with a tensor of one number per picture, as the reference has it."""
     for step in steps:
+        params = dict(step.params)
+        each = partial(torch.full, (len(images),))
         if step.operator == "jpeg":
-            quality = torch.full((len(images),), min(float(step.params["quality"]), 99.9))
+            quality = each(min(float(params["quality"]), 99.9))  # NaN at 100
             images = reference._jpeg(images.clamp(0, 1), quality=quality)
+        elif step.operator == "gaussian_noise":
+            images = reference.degradations.add_gaussian_noise_pt(
+                images, each(params["sigma"]), each(float(params["grey"]))
+            )
+        elif step.operator == "poisson_noise":
+            images = reference.degradations.add_poisson_noise_pt(
+                images, each(params["scale"]), gray_noise=each(float(params["grey"]))
+            )
         else:
-            images = getattr(reference, step.operator)(images.contiguous(), **step.params)
+            images = getattr(reference, step.operator)(images.contiguous(), **params)
 
 
 def compare_batches(

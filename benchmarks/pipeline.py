@@ -1,4 +1,5 @@
-"""What Ray costs: the feed and the synthesis end to end, over their own transforms run bare.
+"""What Ray costs: the feed and the synthesis end to end, over their own transforms run bare;
+whether a pair costs the same after a hundred thousand; and how much memory a worker takes.
 
     python benchmarks/pipeline.py [--quick]
 
@@ -13,16 +14,21 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import cv2
 import numpy as np
+import psutil
 import ray
 
+from benchmarks.pictures import picture
 from pipelines.feed import FeedSettings, feed, training_pass
 from pipelines.ingest import ingest
 from pipelines.runtime import quiet_ray_data
@@ -35,16 +41,18 @@ SETTINGS = FeedSettings(crop=96, crops_per_photo=16)
 
 
 def photographs(folder: Path, count: int) -> None:
-    """Pictures of 1.2 megapixels with the spectrum of photographs (1/f noise, seeded)."""
+    """Pictures of 1.2 megapixels, as JPEG."""
     for i in range(count):
-        random = np.random.default_rng(i)
-        spectrum = np.fft.rfft2(random.normal(size=(960, 1280, 3)), axes=(0, 1))
-        rows, columns = np.fft.fftfreq(960)[:, None], np.fft.rfftfreq(1280)[None]
-        spectrum /= np.maximum(np.hypot(rows, columns), 1 / 960)[..., None]
-        picture = np.fft.irfft2(spectrum, axes=(0, 1))
-        picture = 128 + 55 * picture / picture.std()
-        data = encode(picture.clip(0, 255).astype(np.uint8), "jpeg", quality=90)
+        data = encode(picture(960, 1280, seed=i), "jpeg", quality=90)
         (folder / f"photo-{i:03d}.jpg").write_bytes(data)
+
+
+def large_photographs(folder: Path) -> None:
+    """A JPEG of 200 megapixels, and PNGs as large as they are accepted."""
+    tile = picture(512, 512, seed=0)
+    for name, rows, columns in (("huge.jpg", 28, 28), ("large.png", 12, 12), ("wide.png", 3, 48)):
+        data = encode(np.tile(tile, (rows, columns, 1)), "jpeg" if name.endswith("jpg") else "png")
+        (folder / name).write_bytes(data)
 
 
 def bare_feed(data: str, pairs: int) -> float:
@@ -52,7 +60,7 @@ def bare_feed(data: str, pairs: int) -> float:
     one = training_pass(data, SETTINGS)
     begin, done, index = time.perf_counter(), 0, 0
     while done < pairs:
-        for block in one({"id": np.array([index])}):
+        for block in one({"pass": np.array([index])}):
             done += len(block["hr"])
         index += 1
     return done / (time.perf_counter() - begin)
@@ -61,7 +69,7 @@ def bare_feed(data: str, pairs: int) -> float:
 def ray_feed(data: str, pairs: int) -> float:
     """Pairs per second out of Ray Data, after the first batch has come."""
     with quiet_ray_data():
-        batches = iter(feed(data, SETTINGS, 4 * pairs).iter_torch_batches(batch_size=16))
+        batches = iter(feed(data, SETTINGS, batch=16).iter_torch_batches(batch_size=16))
         next(batches)
         begin, done = time.perf_counter(), 0
         for batch in batches:
@@ -99,6 +107,68 @@ def ray_synthesis(data: str, target: Path, copies: int) -> float:
     return summary.samples / (time.perf_counter() - begin)
 
 
+def cost_over_a_stream(data: str, marks: list[int]) -> dict[int, float]:
+    """Milliseconds per pair up to each mark, since the mark before it."""
+    costs: dict[int, float] = {}
+    settings = FeedSettings(crop=64, crops_per_photo=64)
+    with quiet_ray_data():
+        batches = iter(feed(data, settings, batch=64).iter_torch_batches(batch_size=64))
+        for _ in range(8):
+            next(batches)  # Ray starts its workers
+        done, before, begin = 0, 0, time.perf_counter()
+        for batch in batches:
+            done += len(batch["hr"])
+            if done >= marks[0]:
+                now = time.perf_counter()
+                costs[marks.pop(0)] = 1e3 * (now - begin) / (done - before)
+                before, begin = done, now
+            if not marks:
+                break
+    return costs
+
+
+def cost_of_syntheses(folder: Path, sizes: list[int]) -> dict[int, float]:
+    """Milliseconds per pair of syntheses of so many pairs, start to manifest."""
+    (folder / "small").mkdir()
+    for i in range(125):
+        data = encode(picture(96, 96, seed=i))
+        (folder / "small" / f"{i:03d}.png").write_bytes(data)
+    ingest([str(folder / "small")], str(folder / "small-hr"), shard_size=25)
+    costs: dict[int, float] = {}
+    for size in (125, *sizes):  # the first starts Ray's workers
+        begin = time.perf_counter()
+        synthesize(str(folder / "small-hr"), str(folder / f"small-{size}"), copies=size // 125)
+        costs[size] = 1e3 * (time.perf_counter() - begin) / size
+    return {size: costs[size] for size in sizes}
+
+
+def worker_peaks() -> list[float]:
+    """Peak resident memory of Ray's workers since they started, MB."""
+    peaks = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.name().startswith("ray::") or "ray::" in " ".join(process.info["cmdline"] or []):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+            peaks.append(int(line.split()[1]) / 1024)
+    return peaks
+
+
+def memory_of_workers(folder: Path) -> float:
+    """Peak MB of a worker that ingests and degrades the largest photographs."""
+    (folder / "large").mkdir()
+    large_photographs(folder / "large")
+    summary = ingest([str(folder / "large")], str(folder / "large-hr"), shard_size=3)
+    assert summary.samples == 3, summary
+    synthesize(str(folder / "large-hr"), str(folder / "large-pairs"), copies=4)
+    return max(worker_peaks())
+
+
+def drift(costs: dict[int, float]) -> float:
+    """How much more the last pairs cost than the first."""
+    values = list(costs.values())
+    return values[-1] / values[0] - 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer pictures and repetitions")
@@ -129,13 +199,26 @@ def main() -> None:
                 ("synthesis, Ray", lambda i=i: ray_synthesis(data, folder / f"ray{i}", copies)),
             ):
                 rates.setdefault(name, []).append(rate())
+        marks = [1000, 2000] if quick else [1000, 10_000, 100_000]
+        syntheses = cost_of_syntheses(folder, list(marks))
+        stream = cost_over_a_stream(data, marks)
+        peak = memory_of_workers(folder)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"{'':22}{'pairs/s':>10}")
     for name, value in medians.items():
         print(f"{name:22}{value:10.1f}")
+    print("\nmilliseconds per pair")
+    for mark, cost in stream.items():
+        print(f"{f'feed, up to pair {mark:,}':32}{cost:10.2f}")
+    for size, cost in syntheses.items():
+        print(f"{f'synthesis of {size:,} pairs':32}{cost:10.2f}")
+    print(f"\npeak memory of a worker: {peak:.0f} MB (200-megapixel JPEG, 38-megapixel PNGs)")
     figures = {
         "feed_efficiency": medians["feed, Ray"] / medians["feed, bare"],
         "synthesize_efficiency": medians["synthesis, Ray"] / medians["synthesis, bare"],
+        "feed_cost_drift": drift(stream),
+        "synthesize_cost_drift": drift(syntheses),
+        "worker_peak_mb": peak,
     }
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import shutil
 import signal
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from jobs.console import console, errors, progress_bar
+from jobs import data
+from jobs.console import console, errors, progress_bar, say, suggest
 from teasr.errors import TeasrError, UsageError
 
 app = typer.Typer(
@@ -30,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(data.app)
 
 Home = Annotated[
     Path | None,
@@ -84,12 +87,12 @@ def quickstart(
     retrained = result.retrained
     console.print(table(retrained.evaluation, "On the photographs that were kept out of training"))
     where = "" if directory is None else f"TEASR_HOME={home} "
-    _say(
+    say(
         f"sheet     {retrained.files / 'sheet.png'}",
         f"pictures  {result.before}  ->  {result.after}",
         f"records   {home / 'mlflow.db'}",
     )
-    _next(
+    suggest(
         f"{where}teasr restore models:/{recipe.model}@champion YOUR.jpg out.png --steps 1",
         f"{where}teasr history {recipe.model}",
         f"{where}mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}",
@@ -109,8 +112,26 @@ def ingest(
         200_000_000
     ),
     shrink: Annotated[
-        float, typer.Option(help="Shrink by this first, against JPEG damage.", min=1.0)
-    ] = 1.0,
+        str,
+        typer.Option(
+            metavar="FLOAT|auto",
+            help="Shrink by this first, against JPEG damage; auto: by each JPEG's quality.",
+        ),
+    ] = "1",
+    duplicates: Annotated[
+        str, typer.Option(metavar="keep|exact|near", help="Which copies are left out.")
+    ] = "near",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Benchmark whose pictures must not be learned from; repeatable."),
+    ] = None,
+    min_sharpness: Annotated[
+        float, typer.Option(help="Leave out what is more blurred: 0 (off) to 1.", min=0, max=1)
+    ] = 0.0,
+    min_jpeg_quality: Annotated[
+        int,
+        typer.Option(help="Leave out JPEGs of a lower quality: 0 (off) to 100.", min=0, max=100),
+    ] = 0,
     max_bad_share: Annotated[
         float | None, typer.Option(help="Fail when more than this share is unusable.", min=0, max=1)
     ] = None,
@@ -119,16 +140,27 @@ def ingest(
     """Photographs into HR shards. Bad pictures go to quarantine.jsonl; rerun to add what is new."""
     from pipelines import ingest as pipeline
 
-    options = {"shard_size": shard_size, "min_side": min_side, "max_pixels": max_pixels}
+    options = {
+        "shard_size": shard_size,
+        "min_side": min_side,
+        "max_pixels": max_pixels,
+        "shrink": _shrink(shrink),
+        "duplicates": duplicates,
+        "against": against or [],
+        "min_sharpness": min_sharpness,
+        "min_jpeg_quality": min_jpeg_quality,
+    }
     if dry_run:
-        plan = pipeline.plan(sources, destination, shrink=shrink, **options)
-        _planned(plan)
+        _planned(pipeline.plan(sources, destination, **options))  # type: ignore[arg-type]
         return
     summary = pipeline.ingest(
-        sources, destination, shrink=shrink, max_bad_share=max_bad_share, **options
+        sources,
+        destination,
+        max_bad_share=max_bad_share,
+        **options,  # type: ignore[arg-type]
     )
     _made(summary)
-    _next(
+    suggest(
         f"teasr synthesize {destination} PAIRS --preset teasr",
         f"teasr distill teasr-s-cpu data={destination}",
     )
@@ -136,6 +168,7 @@ def ingest(
 
 @app.command()
 def synthesize(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="SRC", help="HR dataset, from teasr ingest.")],
     destination: Annotated[str, typer.Argument(metavar="DEST", help="Folder of the new pairs.")],
     preset: Annotated[
@@ -146,9 +179,17 @@ def synthesize(
     crop: Annotated[
         int | None, typer.Option(help="Side of a random HR crop [default: the whole picture].")
     ] = None,
+    replay: Annotated[
+        str | None,
+        typer.Option(help="Make this pair dataset again from its recipes, to the byte."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """HR shards into LR/HR pair shards, with every drawn parameter kept beside each pair."""
+    if replay is not None:
+        _refuse(context, "preset", "copies", "seed", "crop", with_option="--replay")
+        _replay(source, destination, replay, dry_run)
+        return
     from pipelines import synthesize as pipeline
 
     options = {"preset": preset, "copies": copies, "seed": seed, "crop": crop}
@@ -156,7 +197,37 @@ def synthesize(
         _planned(pipeline.plan(source, destination, **options))  # type: ignore[arg-type]
         return
     _made(pipeline.synthesize(source, destination, **options))  # type: ignore[arg-type]
-    _next(f"teasr evaluate teasr-s --data {destination}")
+    suggest(f"teasr evaluate teasr-s --data {destination}")
+
+
+def _refuse(context: typer.Context, *names: str, with_option: str) -> None:
+    """Refuse options that were given although `with_option` settles them."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    # By name: Typer's releases differ in whose enumeration it is.
+    given = [f"--{name}" for name, by in sources.items() if by and by.name != "DEFAULT"]
+    if given:
+        raise UsageError(
+            f"{' and '.join(given)} cannot be given with {with_option}.",
+            "The recipes of the pairs say all of it.",
+        )
+
+
+def _replay(source: str, destination: str, pairs: str, dry_run: bool) -> None:
+    from pipelines import replay as pipeline
+
+    if dry_run:
+        _planned(pipeline.plan(source, destination, pairs))
+        return
+    replayed = pipeline.replay(source, destination, pairs)
+    _made(replayed.summary)
+    if not replayed.exact:
+        data.tell_comparison(replayed.comparison, show=10)
+        raise TeasrError(
+            f"{destination} is not {pairs} to the byte (A is {pairs}, B is {destination}).",
+            "Another release of teasr or of a library, or another processor, may round otherwise.",
+        )
+    say(f"the same data as {pairs}: fingerprint {replayed.summary.manifest.fingerprint}")
+    suggest(f"teasr data validate {destination} --replay")
 
 
 @app.command()
@@ -180,16 +251,16 @@ def distill(
     folder = root / "runs" / (name or Path(recipe).stem)
     if dry_run:
         console.print_json(loaded.model_dump_json())
-        _say(f"would train in {folder}")
+        say(f"would train in {folder}")
         return
     result = run(loaded, folder)
     done = "was finished before" if result.reused else "finished"
-    _say(
+    say(
         f"run {result.run_id} {done}: {result.position['steps']} steps, "
         f"{result.position['samples']} pairs, {result.position['seconds'] / 60:.1f} min",
         f"model in {result.model}",
     )
-    _next(f"teasr evaluate {result.model} --data PAIRS", f"teasr restore {result.model} IN OUT")
+    suggest(f"teasr evaluate {result.model} --data PAIRS", f"teasr restore {result.model} IN OUT")
 
 
 @app.command()
@@ -212,8 +283,8 @@ def evaluate(
     counts = _numbers(steps)
     result = run(registry.resolve(model), data, out, steps=counts, lpips=lpips)
     console.print(table(result.evaluation, registry.describe(model)))
-    _say(f"figures and sheet in {out}")
-    _next(f"teasr restore {model} IN OUT --steps 1")
+    say(f"figures and sheet in {out}")
+    suggest(f"teasr restore {model} IN OUT --steps 1")
 
 
 @app.command()
@@ -236,7 +307,7 @@ def promote(
         mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]-[/]"}[check.passed]
         console.print(f"{mark} {check.name}: {check.detail}")
     if dry_run:
-        _say("nothing was changed (dry run)")
+        say("nothing was changed (dry run)")
         return
     if not result.promoted:
         raise TeasrError(
@@ -245,8 +316,8 @@ def promote(
             if result.replaced
             else "There is no champion yet.",
         )
-    _say(f"version {result.version} of '{name}' is the champion (was: {result.replaced or 'none'})")
-    _next(f"teasr serve models:/{name}@champion", f"teasr rollback {name}")
+    say(f"version {result.version} of '{name}' is the champion (was: {result.replaced or 'none'})")
+    suggest(f"teasr serve models:/{name}@champion", f"teasr rollback {name}")
 
 
 @app.command()
@@ -264,8 +335,8 @@ def rollback(
 
     result = registry.rollback(tracking.connect(root), name, to, dry_run)
     verb = "would become" if dry_run else "is"
-    _say(f"version {result.version} of '{name}' {verb} the champion (was: {result.replaced})")
-    _next(f"teasr history {name}")
+    say(f"version {result.version} of '{name}' {verb} the champion (was: {result.replaced})")
+    suggest(f"teasr history {name}")
 
 
 @app.command()
@@ -313,7 +384,7 @@ def history(
             record.by,
         )
     console.print(records)
-    _next(f"teasr history {name} --version {next(iter(versions), 1)}")
+    suggest(f"teasr history {name} --version {next(iter(versions), 1)}")
 
 
 @app.command()
@@ -330,7 +401,7 @@ def serve(
     from teasr.serving import ScoringServer
 
     with ScoringServer(model, port, host=host) as server:
-        _say(
+        say(
             f"{server.version} answers at {server.url}/invocations (Ctrl-C ends)",
             f"curl {server.url}/invocations -H 'Content-Type: application/json' -d "
             '\'{"dataframe_records": [{"image": "BASE64"}], "params": {"steps": 1}}\'',
@@ -375,11 +446,17 @@ def restore(
             settings,
             progress=lambda done, total: update(done / total, f"{done} of {total} pictures"),
         )
-    for name, reason in result.failed:
-        errors.print(f"[red]✗[/] {name}: {reason}", highlight=False, soft_wrap=True)
-    _say(f"{len(result.done)} restored to {target}, {len(result.skipped)} were there before")
+    for failure in result.failed:
+        told = escape(f"{failure.name}: {failure.message}")
+        errors.print(f"[red]✗[/] {told}", highlight=False, soft_wrap=True)
+    say(
+        f"{len(result.done)} restored to {target} in {result.seconds:.1f} s "
+        f"({result.megapixels_per_second:.2f} megapixels/s), "
+        f"{len(result.skipped)} were there before"
+    )
     if result.failed:
-        raise TeasrError(f"{len(result.failed)} picture(s) could not be restored.")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in result.failed_by_reason.items())
+        raise TeasrError(f"{len(result.failed)} picture(s) could not be restored: {reasons}.")
 
 
 def _restore_one(folder: Path, source: Path, target: Path, settings, format: str) -> None:  # type: ignore[no-untyped-def]
@@ -405,7 +482,7 @@ def _restore_one(folder: Path, source: Path, target: Path, settings, format: str
     write_bytes(str(target.absolute()), restored)
     height, width = (side * 4 for side in picture.rgb.shape[:2])
     note = " (read as 8 bits)" if picture.bits > 8 else ""
-    _say(f"{target}: {width} x {height} from {source.name}{note}, {settings.steps} step(s)")
+    say(f"{target}: {width} x {height} from {source.name}{note}, {settings.steps} step(s)")
 
 
 @app.command()
@@ -425,7 +502,7 @@ def retrain(
     loaded = load_recipe(recipe, overrides or [])
     result = run(loaded, root)
     if not result.new:
-        _say(f"nothing new to learn from: version {result.version} stands")
+        say(f"nothing new to learn from: version {result.version} stands")
         return
     console.print(table(result.evaluation))
     if not result.promoted:
@@ -433,8 +510,8 @@ def retrain(
             f"Version {result.version} was registered but refused by the gate.",
             f"See: teasr history {loaded.model}",
         )
-    _say(f"version {result.version} of '{loaded.model}' is the champion")
-    _next(f"teasr serve models:/{loaded.model}@champion")
+    say(f"version {result.version} of '{loaded.model}' is the champion")
+    suggest(f"teasr serve models:/{loaded.model}@champion")
 
 
 @app.command()
@@ -467,35 +544,44 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise UsageError(f"--steps {text}: whole numbers such as 1,2,4 are expected.") from None
 
 
+def _shrink(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise UsageError(f"--shrink {text}: a number of 1 or more, or auto, is expected.") from None
+
+
 def _planned(plan) -> None:  # type: ignore[no-untyped-def]
-    _say(
+    say(
         f"would write {len(plan.missing)} of {len(plan.tasks)} shards ({plan.samples} samples) to "
         f"{plan.destination}; the others are there"
     )
+    if plan.set_aside:
+        say(f"would set aside: {_counts(Counter(entry.reason for entry in plan.set_aside))}")
+    if plan.unseen:
+        say(
+            f"{plan.unseen} pictures have not been looked at: copies and what the filters keep "
+            "out are found, and left out, when this runs"
+        )
 
 
 def _made(summary) -> None:  # type: ignore[no-untyped-def]
-    rate = summary.samples / summary.seconds if summary.seconds else 0
-    _say(
-        f"{summary.samples} samples in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB, in "
-        f"{summary.destination} ({rate:.1f} samples/s, {summary.skipped_shards} shards were there)"
+    rate = f" ({summary.rate:.1f} samples/s)" if summary.written else ""
+    say(
+        f"{summary.samples} samples in {len(summary.manifest.shards)} shards, "
+        f"{summary.bytes / 1e6:.1f} MB, in {summary.destination}",
+        f"this run: {summary.written} samples in {summary.shards} shards written in "
+        f"{summary.seconds:.1f} s{rate}; {summary.skipped_shards} shards were there",
     )
-    for reason, count in summary.quarantined.items():
-        _say(f"quarantined: {count} {reason}")
+    if summary.quarantined:
+        say(
+            f"quarantined: {_counts(summary.quarantined)}; each is named in "
+            f"{summary.destination.rstrip('/')}/quarantine.jsonl"
+        )
 
 
-def _say(*lines: str) -> None:
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _next(*commands: str) -> None:
-    """Say what to run next, in words that run from here: the environment may not be on the path."""
-    prefix = "" if shutil.which("teasr") else f"{os.path.relpath(Path(sys.executable).parent)}/"
-    console.print("[dim]next:[/]")
-    for command in commands:
-        runnable = re.sub(r"(^|(?<= ))(teasr|mlflow) ", rf"{prefix}\2 ", command, count=1)
-        console.print(f"  {runnable}", highlight=False, soft_wrap=True, markup=False)
+def _counts(by_reason: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(by_reason.items()))
 
 
 def main() -> None:
@@ -519,7 +605,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    errors.print(f"[red]teasr:[/] {message}", highlight=False, soft_wrap=True)
+    errors.print(f"[red]teasr:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 

@@ -149,9 +149,19 @@ class _InOrder(DataConfig):
         return output
 
 
-def _last_state(folder: Path) -> dict[str, Any]:
-    states = sorted(folder.glob(f"train/checkpoint_*/{STATE_FILE}"))
-    return json.loads(states[-1].read_text()) if states else {}
+def _last_state(folder: Path) -> dict[str, Any] | None:
+    """State in the checkpoint that Ray Train goes on from; None when it has none.
+
+    That is the last one in its list, not the newest folder: a run that was killed may have left a
+    folder, whole or not, that it had not listed yet.
+    """
+    try:
+        listed = json.loads((folder / "train" / "checkpoint_manager_snapshot.json").read_text())
+        name = listed["latest_checkpoint_result"]["checkpoint_dir_name"]
+    except (FileNotFoundError, TypeError):  # no run, or none of its checkpoints was listed
+        return None
+    state: dict[str, Any] = json.loads((folder / "train" / name / STATE_FILE).read_text())
+    return state
 
 
 def _check_resources(recipe: Recipe) -> None:

@@ -316,37 +316,51 @@ class TrainingPass:
     def _photographs(self, shard: ShardInfo) -> Iterator[tuple[int, str, Bytes]]:
         """Index, key and pixels of as many photographs as the manifest counts.
 
-        One that cannot be used is replaced by another of its shard under a key of its own, so that
-        the numbers of all later pairs stay what they are.
+        One that cannot be used is replaced by another, if possible of its shard, under a key of its
+        own, so that the numbers of all later pairs stay what they are.
         """
         replaced: list[tuple[int, str]] = []
-        usable: tuple[str, Bytes] | None = None
+        last: tuple[str, Bytes] | None = None
         photo = -1
-        # Not hashed: once is enough, and `teasr data validate` does it.
-        for photo, sample in enumerate(read_shard(join_url(self.data, shard.name), kind="hr")):
-            encoded = next(sample.members[s] for s in SHARD_PICTURES if s in sample.members)
-            try:
-                rgb = decode(encoded, min_side=self.settings.crop).rgb
-            except BadPicture as error:
-                log.warning("Another is taken in place of %s: %s", sample.key, error)
-                replaced.append((photo, sample.key))
-                continue
-            usable = sample.key, rgb
-            yield photo, *usable
+        for photo, (key, rgb) in enumerate(self._decoded(shard)):
+            if rgb is None:
+                replaced.append((photo, key))
+            else:
+                last = key, rgb
+                yield photo, key, rgb
         if photo + 1 != shard.samples:
             raise TeasrError(
                 f"Shard {shard.name} holds {photo + 1} photographs; the manifest lists "
                 f"{shard.samples}.",
                 f"See what is wrong: teasr data validate {self.data}",
             )
-        if usable is None:
-            raise TeasrError(
-                f"No photograph of shard {shard.name} is as large as a crop "
-                f"({self.settings.crop} pixels).",
-                "Use larger photographs or a smaller crop.",
-            )
-        for photo, key in replaced:
-            yield photo, f"{usable[0]} in place of {key}", usable[1]
+        if replaced:
+            key, rgb = last or self._first_usable(after=shard)
+            for photo, bad in replaced:
+                yield photo, f"{key} in place of {bad}", rgb
+
+    def _decoded(self, shard: ShardInfo) -> Iterator[tuple[str, Bytes | None]]:
+        """Keys of a shard, and pixels where they can be used."""
+        # Not hashed: once is enough, and `teasr data validate` does it.
+        for sample in read_shard(join_url(self.data, shard.name), kind="hr"):
+            encoded = next(sample.members[s] for s in SHARD_PICTURES if s in sample.members)
+            try:
+                yield sample.key, decode(encoded, min_side=self.settings.crop).rgb
+            except BadPicture as error:
+                log.warning("Another is taken in place of %s: %s", sample.key, error)
+                yield sample.key, None
+
+    def _first_usable(self, after: ShardInfo) -> tuple[str, Bytes]:
+        """Key and pixels of the next photograph beyond a shard that can be used."""
+        start = self.shards.index(after) + 1
+        for shard in (*self.shards[start:], *self.shards[:start]):
+            for key, rgb in self._decoded(shard):
+                if rgb is not None:
+                    return key, rgb
+        raise TeasrError(
+            f"No photograph of {self.data} is as large as a crop ({self.settings.crop} pixels).",
+            "Use larger photographs or a smaller feed.crop.",
+        )
 
 
 class _Cut:

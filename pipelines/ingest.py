@@ -2,13 +2,13 @@
 
     photo → **ingest** → HR shard → synthesize → ...
 
-The listing is sorted and dealt out to shards; who is where is kept in `layout.json`, so that later
-photographs get shards of their own and no other shard changes. Copies, blurred pictures and what a
-benchmark holds are set aside before, by what `pipelines.scan` found. A bad picture leaves its shard
-a sample short and moves no other. A picture goes into its shard as the bytes it came as. Only what
-other readers of shards would see differently (16 bits, grey, palette, alpha, a rotation in EXIF,
-TIFF, BMP), and what is too large for the memory of a worker, is stored as RGB PNG instead, and its
-JSON says why.
+The sorted listing is dealt out to shards like cards; who is where is kept in `layout.json`, so that
+later photographs get shards of their own and no other shard changes. Copies, blurred pictures and
+what a benchmark holds are set aside before, by what `pipelines.scan` found. A bad picture leaves
+its shard a sample short and moves no other. A picture goes into its shard as the bytes it came as.
+Only what other readers of shards would see differently (16 bits, grey, palette, alpha, a rotation
+in EXIF, TIFF, BMP), and what is too large for the memory of a worker, is stored as RGB PNG instead,
+and its JSON says why.
 """
 
 from __future__ import annotations
@@ -424,9 +424,10 @@ def _deal(
     keys = _keys([pictures[index] for index in new], {key for _, key in settled.values()})
     fresh = [(key, pictures[i]) for key, i in zip(keys, new) if i not in verdicts]
     first = 1 + max((_number(name) for name in dealt), default=-1)
-    for start in range(0, len(fresh), shard_size):
-        name = shard_name("hr", first + start // shard_size)
-        dealt[name] = fresh[start : start + shard_size]
+    # Like cards: neighbours in a listing are alike, and each shard should have some of everything.
+    shards = math.ceil(len(fresh) / shard_size)
+    for place in range(shards):
+        dealt[shard_name("hr", first + place)] = fresh[place::shards]
     return dealt
 
 

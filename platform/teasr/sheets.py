@@ -157,3 +157,68 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
+
+
+@dataclass
+class Tile:
+    """One sample of a contact sheet.
+
+    Attributes:
+        pictures: uint8 (H, W, 3), side by side; sizes may differ.
+        label: written under them.
+        caption: a second line, fainter; wrapped to two when it is long.
+    """
+
+    pictures: list[Bytes]
+    label: str
+    caption: str = ""
+
+
+def contact_sheet(tiles: list[Tile], across: int, title: str = "", cell: int = 192) -> Image.Image:
+    """The tiles in rows of `across` under a `title`, each picture whole in a square cell of `cell`
+    pixels.
+
+    Pictures are enlarged by nearest neighbour and shrunk by Lanczos.
+
+    Raises:
+        ValueError: for no tiles.
+    """
+    if not tiles:
+        raise ValueError("a contact sheet needs at least one tile")
+    most = max(len(tile.pictures) for tile in tiles)
+    size, inner, gap, margin = max(11, cell // 16), 4, max(12, cell // 10), max(14, cell // 10)
+    label, text = ImageFont.load_default(size + 1), ImageFont.load_default(size - 1)
+    captions = [_wrap(tile.caption, text, most * (cell + inner) - inner) for tile in tiles]
+    lines = max(len(lines) for lines in captions)
+    line = round(size * 1.35)
+    wide, high = most * (cell + inner) - inner, cell + (1 + lines) * line + size // 2
+    across = min(across, len(tiles))
+    down = -(-len(tiles) // across)
+    head = 2 * line if title else 0
+    width = 2 * margin + across * (wide + gap) - gap
+    height = 2 * margin + head + down * (high + gap) - gap
+    canvas = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((margin, margin), _fit(title, label, width - 2 * margin), _INK, label)
+    for index, (tile, caption) in enumerate(zip(tiles, captions)):
+        left = margin + index % across * (wide + gap)
+        top = margin + head + index // across * (high + gap)
+        for place, picture in enumerate(tile.pictures):
+            whole = (0, 0, picture.shape[1], picture.shape[0])
+            canvas.paste(_cell(picture, picture, whole, cell), (left + place * (cell + inner), top))
+        top += cell + size // 3
+        draw.text((left, top), _fit(tile.label, label, wide), _INK, label)
+        for number, words in enumerate(caption, 1):
+            draw.text((left, top + number * line), words, _FAINT, text)
+    return canvas
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """`text` in up to two lines of `width` pixels, the second shortened when it must be."""
+    words = text.split(" ")
+    count = len(words)
+    while count > 1 and font.getlength(" ".join(words[:count])) > width:
+        count -= 1
+    rest = " ".join(words[count:])
+    lines = [_fit(" ".join(words[:count]), font, width)]
+    return [*lines, _fit(rest, font, width)] if rest else [line for line in lines if line]

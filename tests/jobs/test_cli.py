@@ -201,7 +201,32 @@ def test_dry_runs_write_nothing(run: Run, tmp_path: Path, photo: Callable[..., n
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(encode(photo(80, 80)))
     code, out, _ = run("ingest", "photos", "hr", "--dry-run")
-    assert code == 0 and "1 of 1 shards" in out
+    assert code == 0 and "1 of 1 shards" in out and "1 pictures have not been looked at" in out
     code, out, _ = run("distill", "quickstart", "data=hr", "--dry-run")
     assert code == 0 and "learning_rate" in out
     assert not (tmp_path / "hr").exists() and not (tmp_path / "home").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ingest_says_what_it_wrote_and_left_out(
+    run: Run, tmp_path: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, seed in (("a", 1), ("b", 2), ("copy-of-b", 2)):
+        (tmp_path / "photos" / f"{name}.png").write_bytes(encode(photo(80, 80, seed)))
+    code, out, err = run("ingest", "photos", "hr")
+    assert code == 0, err
+    assert "2 samples in 1 shards" in out and "2 samples in 1 shards written in" in out
+    assert "samples/s" in out and "quarantined: 1 duplicate; each is named in" in out
+    code, out, err = run("ingest", "photos", "hr", "--dry-run")
+    assert "0 of 1 shards" in out and "would set aside: 1 duplicate" in out
+    assert "not been looked at" not in out
+    for wrong, said in (
+        (("--shrink", "nope"), "a number of 1 or more, or auto"),
+        (("--shrink", "0.5"), "Give 1 or more or 'auto'"),
+        (("--duplicates", "some"), "Give keep, exact, near"),
+        (("--against", "nowhere"), "nowhere does not exist"),
+    ):
+        code, out, err = run("ingest", "photos", "other", *wrong)
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "other").exists()

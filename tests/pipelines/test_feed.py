@@ -173,8 +173,9 @@ def test_pairs_are_those_of_the_degradation(
     assert not expected
 
 
+@pytest.mark.parametrize("bad", ["p1", "p2"])  # p2 is the only one of its shard
 def test_an_unusable_photograph_moves_no_other_pair(
-    data: str, stream: list[Pair], tmp_path: Path
+    data: str, stream: list[Pair], tmp_path: Path, bad: str
 ) -> None:
     """Damage one photograph in its shard: only its own four pairs of an epoch change."""
     manifest = read_manifest(data)
@@ -182,7 +183,7 @@ def test_an_unusable_photograph_moves_no_other_pair(
     for shard in manifest.shards:
         samples = list(read_shard(f"{data}/{shard.name}"))
         for sample in samples:
-            if sample.key == "p2":
+            if sample.key == bad:
                 sample.members["png"] = sample.members["png"][:200]
         shards.append(write_shard(str(tmp_path / shard.name), samples))
     write_manifest(str(tmp_path), manifest.model_copy(update={"shards": tuple(shards)}))
@@ -191,6 +192,12 @@ def test_an_unusable_photograph_moves_no_other_pair(
     assert [number for number, _, _ in pairs] == list(range(EPOCH))
     assert sum(a != b for a, b in zip(pairs, stream)) == 4
     assert len({hr for _, hr, _ in pairs}) == EPOCH
+
+
+def test_photographs_that_are_all_too_small_are_told(data: str) -> None:
+    make = training_pass(data, SETTINGS.model_copy(update={"crop": 96}))
+    with pytest.raises(TeasrError, match="as large as a crop"):
+        list(make({"pass": np.array([0])}))
 
 
 def test_locate_agrees_with_counting() -> None:

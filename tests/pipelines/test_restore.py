@@ -118,7 +118,7 @@ def test_one_line_of_rays_is_kept_from_the_terminal(capfd: pytest.CaptureFixture
     )
     with quiet_actor_start():
         os.write(2, b"before\n" + line + b"\nafter\n")
-        print("bar", file=sys.stderr)
+        sys.stderr.write("bar\n")
     os.write(2, b"later\n")
     told = capfd.readouterr().err
     assert sorted(told.split()) == ["after", "bar", "before", "later"]

@@ -1,0 +1,191 @@
+"""A page to look at a dataset: its pictures, what was done to them, and plots, in one file.
+
+Everything is inline and nothing is fetched: a content security policy in the page holds it to that.
+Text that comes from a dataset is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from teasr.plots import PLOT_CSS, Plot, svg
+
+
+@dataclass(frozen=True)
+class Card:
+    """One sample.
+
+    Attributes:
+        key: its name.
+        hr: encoded picture, PNG or JPEG.
+        size: width and height of that picture, pixels.
+        lr: encoded PNG of the same scene with smaller sides; None for a picture alone.
+        note: what is shown of it, such as the cut.
+        parts: lines of text under headings, such as the steps of each stage.
+    """
+
+    key: str
+    hr: bytes
+    size: tuple[int, int]
+    lr: bytes | None = None
+    note: str = ""
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def page(
+    title: str,
+    facts: Mapping[str, str],
+    cards: Sequence[Card],
+    plots: Mapping[str, Sequence[Plot]],
+    about_plots: str,
+) -> str:
+    """The whole page as HTML text.
+
+    Args:
+        title: heading.
+        facts: name and value of what is known of the dataset.
+        cards: the samples, in order.
+        plots: under their headings; empty plots are left out.
+        about_plots: what the plots are of and how to read them.
+    """
+    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(facts[name])}</dd>" for name in facts)
+    pairs = any(card.lr for card in cards)
+    hint = (
+        "Move over a picture, or drag, to compare: LR at the left, HR at the right. "
+        '<label><input type="checkbox" id="smooth"> enlarge LR smoothly</label>'
+        if pairs
+        else ""
+    )
+    shown = {name: [plot for plot in group if len(plot)] for name, group in plots.items()}
+    groups = "".join(_group(name, group) for name, group in shown.items() if group)
+    distributions = (
+        f'<h2 id="plots">Distributions</h2><p class="hint">{_text(about_plots)}</p>{groups}'
+        if groups
+        else ""
+    )
+    links = ' · <a href="#plots">distributions</a>' if groups else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>{_text(title)}</title><style>{_CSS}{PLOT_CSS}</style></head><body>"
+        f'<header><h1>{_text(title)}</h1><p class="links"><a href="#samples">samples</a>{links}</p>'
+        f"<dl>{rows}</dl></header>"
+        f'<h2 id="samples">Samples</h2><p class="hint">{hint}</p>'
+        f'<main class="{"pairs" if pairs else "pictures"}">'
+        f"{''.join(_card(card) for card in cards)}</main>"
+        f"{distributions}<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _card(card: Card) -> str:
+    width, height = card.size
+    ratio = f"aspect-ratio:{width}/{height}"
+    name = _text(card.key)
+    if card.lr is None:
+        pictures = f'<div class="view" style="{ratio}">{_image(card.hr, name)}</div>'
+    else:
+        pictures = (
+            f'<div class="view compare" style="{ratio}">{_image(card.hr, f"HR of {name}")}'
+            f"{_image(card.lr, f'LR of {name}', 'lr')}"
+            '<i class="rule"></i><b class="tag left">LR</b><b class="tag right">HR</b>'
+            f'<input type="range" min="0" max="100" value="50" step="any" '
+            f'aria-label="share of {name} that shows LR"></div>'
+        )
+    parts = "".join(_part(heading, lines) for heading, lines in card.parts.items() if lines)
+    note = f'<p class="note">{_text(card.note)}</p>' if card.note else ""
+    return (
+        f'<article>{pictures}<div class="about"><h3>{name}</h3>{note}'
+        f'<div class="recipe">{parts}</div></div></article>'
+    )
+
+
+def _part(heading: str, lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    return f"{f'<h4>{_text(heading)}</h4>' if heading else ''}<ol>{items}</ol>"
+
+
+def _group(name: str, plots: Sequence[Plot]) -> str:
+    figures = "".join(
+        f"<figure><figcaption>{_text(plot.title)}<span>n = {len(plot)}</span>"
+        f"</figcaption>{svg(plot)}</figure>"
+        for plot in plots
+    )
+    return f'<section><h3>{_text(name)}</h3><div class="plots">{figures}</div></section>'
+
+
+def _image(data: bytes, name: str, kind: str = "") -> str:
+    media = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
+    text = base64.b64encode(data).decode()
+    return f'<img class="{kind}" alt="{name}" src="data:{media};base64,{text}">'
+
+
+def _text(text: str) -> str:
+    # A lone surrogate cannot be written as UTF-8.
+    return html.escape(str(text).encode(errors="replace").decode())
+
+
+_SCRIPT = """
+for (const view of document.querySelectorAll('.compare')) {
+  const range = view.querySelector('input');
+  const show = () => view.style.setProperty('--at', range.value + '%');
+  range.addEventListener('input', show);
+  view.addEventListener('pointermove', event => {
+    const box = view.getBoundingClientRect();
+    range.value = 100 * (event.clientX - box.left) / box.width;
+    show();
+  });
+}
+"""
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #23262b; --faint: #6d737c; --paper: #f6f6f4;
+  --card: #fff; --edge: #dfe0de; --bar: #93b4d4; --bar-hover: #5c8abb; --mark: #c2410c; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e5e7; --faint: #9aa0a8; --paper: #17191c;
+  --card: #202327; --edge: #33373d; --bar: #4f7196; --bar-hover: #78a2cf; --mark: #fb923c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: var(--paper);
+  color: var(--ink); font: 14px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 24px; margin: 0; } h2 { font-size: 19px; margin: 36px 0 4px; }
+h3 { font-size: 14px; margin: 0; overflow-wrap: anywhere; }
+h4 { font-size: 11px; margin: 8px 0 1px; color: var(--faint); font-weight: 600;
+  text-transform: uppercase; letter-spacing: .05em; }
+a { color: inherit; } .links { margin: 2px 0 12px; }
+.links, .hint, .note { color: var(--faint); } .hint { margin: 0 0 14px; max-width: 84ch; }
+.hint label { margin-left: 12px; white-space: nowrap; } .hint input { vertical-align: -2px; }
+.note { margin: 0; font-size: 12px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 1px 18px; margin: 0; }
+dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
+article, figure { background: var(--card); border: 1px solid var(--edge); border-radius: 8px;
+  overflow: hidden; margin: 0; }
+.pairs { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(540px, 1fr)); }
+.pairs article { display: grid; grid-template-columns: minmax(0, 1fr) 230px; align-items: start; }
+.pictures { columns: 210px; column-gap: 14px; }
+.pictures article { break-inside: avoid; margin-bottom: 14px; }
+.about { padding: 10px 12px 12px; } ol { margin: 0; padding: 0; list-style: none; }
+.recipe { font-size: 12px; line-height: 1.42; } .recipe li { overflow-wrap: anywhere; }
+.view { position: relative; background: #777; overflow: hidden; }
+.view img { position: absolute; inset: 0; width: 100%; height: 100%; display: block; }
+.compare { --at: 50%; cursor: ew-resize; touch-action: pan-y; }
+.compare .lr { image-rendering: pixelated; clip-path: inset(0 calc(100% - var(--at)) 0 0); }
+body:has(#smooth:checked) .compare .lr { image-rendering: auto; }
+.rule { position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px; margin-left: -1px;
+  background: #fff; box-shadow: 0 0 3px #000a; pointer-events: none; }
+.tag { position: absolute; bottom: 8px; padding: 0 7px; border-radius: 9px; font-size: 11px;
+  background: #000a; color: #fff; pointer-events: none; }
+.left { left: 8px; } .right { right: 8px; }
+.compare input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
+  cursor: ew-resize; }
+.compare:focus-within { outline: 2px solid var(--bar-hover); }
+section h3 { margin: 18px 0 8px; font-size: 15px; }
+.plots { columns: 270px; column-gap: 12px; }
+figure { padding: 9px 10px 7px; margin-bottom: 12px; break-inside: avoid; }
+figcaption { display: flex; justify-content: space-between; gap: 8px; font-size: 12px;
+  margin-bottom: 6px; } figcaption span { color: var(--faint); white-space: nowrap; }
+@media (max-width: 640px) { .pairs { grid-template-columns: 1fr; }
+  .pairs article { grid-template-columns: 1fr; } }
+"""

@@ -1,0 +1,58 @@
+"""Plots: every value is in a bar, the axis has round numbers, and the SVG is one."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from teasr.plots import Choices, Numbers, expected, histogram, svg, ticks
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        Numbers("exact", np.linspace(3, 4, 50)),
+        Numbers("one value", np.full(7, 2.5)),
+        Numbers("whole", np.array([3.0, 3, 4, 9]), step=1),
+        Numbers("one whole", np.array([256.0] * 5), step=1),
+        Numbers("wide", np.arange(60.0, 96), width=np.full(36, 1.0)),
+        Numbers("outside", np.array([-5.0, 0.5, 7]), pieces=((0.0, 1.0, 1.0),)),
+        Numbers("at the ends", np.array([0.0, 1.0]), pieces=((0.0, 1.0, 1.0),)),
+        Numbers("none", np.array([])),
+    ],
+    ids=lambda plot: plot.title,
+)
+def test_every_value_is_in_a_bar(plot: Numbers) -> None:
+    edges, counts = histogram(plot)
+    assert counts.sum() == pytest.approx(len(plot)) and (counts >= 0).all()
+    assert (np.diff(edges) > 0).all()
+    assert ElementTree.fromstring(svg(plot)).tag == "svg"
+
+
+def test_whole_numbers_stand_in_bars_of_their_own() -> None:
+    edges, counts = histogram(Numbers("n", np.array([3.0, 3, 4, 9]), step=1))
+    assert counts.tolist() == [2, 1, 0, 0, 0, 0, 1]
+    assert edges[0] == 2.5 and edges[-1] == 9.5
+
+
+def test_expectation_follows_the_pieces() -> None:
+    plot = Numbers("b", np.array([1.0]), pieces=((1.0, 1.0, 0.5), (1.0, 2.0, 0.5)))
+    edges, _ = histogram(plot)
+    wanted = expected(plot, edges)
+    assert wanted is not None and wanted.sum() == pytest.approx(1)
+    assert wanted[0] == pytest.approx(0.5 + 0.5 / len(wanted))
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    for low, high in ((0.05, 3), (-180, 180), (30, 95), (1e-6, 3e-6), (0, 12345)):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 6 and low <= min(found) and max(found) <= high
+
+
+def test_text_is_escaped() -> None:
+    plot = Choices("<b>", {"<script>": 3}, {"&": 1.0})
+    assert "<script>" not in svg(plot)
+    assert ElementTree.fromstring(svg(plot)).get("aria-label") == "<b>"
