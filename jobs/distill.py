@@ -133,7 +133,14 @@ class _Feed:
         assert recipe.data is not None
         state = _last_state(Path(self.folder))
         position = FeedPosition.from_mapping(state["feed"], STATE_FILE) if state else None
-        return feed(recipe.data, recipe.feed, batch=recipe.training.batch, position=position)
+        training = recipe.training
+        return feed(
+            recipe.data,
+            recipe.feed,
+            batch=training.batch,
+            consumers=training.workers,
+            position=position,
+        )
 
 
 class _InOrder(DataConfig):

@@ -85,7 +85,7 @@ def train(config: Mapping[str, Any]) -> None:
         rank=rank,
         consumers=workers,
         batch=training.batch,
-        rows=block_size(training.batch, recipe.feed, position.samples),
+        rows=block_size(training.batch, recipe.feed, consumers=workers, number=position.samples),
     )
 
     os.environ["MLFLOW_TRACKING_URI"] = config["tracking_uri"]

@@ -14,7 +14,8 @@ on with its very next pair; at another number every pair of the epoch still come
 Ray Data gives no such promise (its splits have "no ordering guarantees"), so each pair carries its
 number, and `LockStep` refuses what comes out of order instead of training on it.
 
-    for share in split(feed(data, settings, batch=16, position=position), consumers=4): ...
+    dataset = feed(data, settings, batch=16, consumers=4, position=position)
+    shares = split(dataset, consumers=4)
 
 Only passes' numbers, encoded photographs and fixed-size crops move between processes.
 """
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from ray.data import DataIterator, Dataset
 
+from pipelines.runtime import prepare_process
 from teasr.config import Settings
 from teasr.degradation import SCALE, DegradationSettings, load_preset, sample_seed
 from teasr.errors import TeasrError, UsageError
@@ -42,6 +44,9 @@ from teasr.shards import SHARD_PICTURES, Manifest, ShardInfo, join_url, read_man
 
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.int64]
+
+BLOCK = 128
+"""Pairs in a block where no number of consumers asks for less: each block costs Ray some 4 ms."""
 
 log = logging.getLogger(__name__)
 
@@ -132,13 +137,15 @@ def locate(manifest: Manifest, settings: FeedSettings, number: int) -> tuple[int
     return passes, rest
 
 
-def block_size(batch: int, settings: FeedSettings, number: int = 0) -> int:
+def block_size(batch: int, settings: FeedSettings, *, consumers: int = 1, number: int = 0) -> int:
     """Pairs in a block of a stream that begins at pair `number`.
 
-    The largest size that divides a consumer's batch and every pass: then blocks dealt out in turn
-    are batches dealt out in turn. A batch that shares no factor with `crops_per_photo` makes blocks
-    of one pair, which cost more to move.
+    For several consumers the largest size that divides a batch and every pass: then blocks dealt
+    out in turn are batches dealt out in turn. A batch that shares no factor with `crops_per_photo`
+    makes blocks of one pair, which cost more to move. One consumer takes whatever comes.
     """
+    if consumers == 1:
+        return BLOCK
     return math.gcd(batch, settings.crops_per_photo, number)
 
 
@@ -146,13 +153,19 @@ def block_size(batch: int, settings: FeedSettings, number: int = 0) -> int:
 
 
 def feed(
-    data: str, settings: FeedSettings, *, batch: int, position: FeedPosition | None = None
+    data: str,
+    settings: FeedSettings,
+    *,
+    batch: int,
+    consumers: int = 1,
+    position: FeedPosition | None = None,
 ) -> Dataset:
     """The endless stream of training pairs from `position` on.
 
     Args:
         data: URL of an HR dataset.
         batch: pairs that a consumer takes at a time.
+        consumers: how many read it in lock-step, see `split`.
         position: where to start; None is the beginning.
 
     Returns:
@@ -165,7 +178,7 @@ def feed(
     """
     manifest = read_manifest(data, kind="hr")
     start = position.number(manifest, settings) if position else 0
-    rows = block_size(batch, settings, start)
+    rows = block_size(batch, settings, consumers=consumers, number=start)
     make = training_pass(data, settings, start=start, rows=rows)
     # One row that a single task deals out pass by pass, as they are asked for: Ray would plan every
     # block of a longer dataset before the first one runs.
@@ -216,7 +229,7 @@ class LockStep:
         start: number of the stream's first pair.
         rank, consumers: which consumer of how many.
         batch: pairs that each takes at a time.
-        rows: the stream's `block_size`.
+        rows: the stream's `block_size`; of no account for one consumer.
     """
 
     start: int
@@ -243,6 +256,8 @@ class LockStep:
 
     def expected(self) -> Numbers:
         """Numbers of this consumer's next batch."""
+        if self.consumers == 1:
+            return self.number + np.arange(self.batch)
         blocks = self.batch // self.rows
         mine = np.arange(self.batches * blocks, (self.batches + 1) * blocks)
         first = self.start + (mine * self.consumers + self.rank) * self.rows
@@ -288,6 +303,7 @@ class TrainingPass:
     rows: int
 
     def __call__(self, batch: dict[str, Numbers]) -> Iterator[dict[str, NDArray[Any]]]:
+        prepare_process()
         number = int(batch["pass"][0])
         epoch, place = divmod(number, len(self.shards))
         seed, crops, side = self.settings.seed, self.settings.crops_per_photo, self.settings.crop

@@ -34,6 +34,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import ValidationError
 
+from pipelines.runtime import prepare_process
 from pipelines.scan import (
     DECODE_BYTES,
     Finding,
@@ -472,7 +473,7 @@ class _IngestShard:
     shrink: float | Literal["auto"]
 
     def __call__(self, task: ShardTask) -> Iterator[Sample | Rejected]:
-        cv2.setNumThreads(1)  # a task has one core
+        prepare_process()
         for entry in task.payload["entries"]:
             fields = dict(entry)
             yield self._sample(fields.pop("key"), File(**fields))

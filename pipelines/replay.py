@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import cv2
 import fsspec
 import numpy as np
 
 from pipelines.compare import Comparison, compare
 from pipelines.each_shard import each_shard
+from pipelines.runtime import prepare_process
 from pipelines.shard_job import JobPlan, JobSummary, Rejected, ShardTask, plan_job, run_job
 from teasr import degradation, images
 from teasr.degradation.recipe import RECIPE_VERSION
@@ -190,7 +190,7 @@ class _ReplayShard:
     places: Mapping[str, str]
 
     def __call__(self, task: ShardTask) -> Iterator[Sample | Rejected]:
-        cv2.setNumThreads(1)  # a task has one core
+        prepare_process()
         photographs = _Photographs(self.source, self.places, _sibling(task.name))
         for pair in read_shard(join_url(self.pairs, task.payload["shard"])):
             try:

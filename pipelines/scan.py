@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 from fsspec.core import url_to_fs
 from pydantic import ValidationError
 
+from pipelines.runtime import prepare_process
 from pipelines.shard_job import READ_ERROR, OnRay, Rejected, job_progress, map_on_ray
 from pipelines.sources import File, list_sources, read
 from teasr import hygiene, images
@@ -202,7 +202,7 @@ class LookAtFiles(OnRay):
     benchmark: str = ""
 
     def __call__(self, given: str) -> str:
-        cv2.setNumThreads(1)  # a task has one core
+        prepare_process()
         against = Benchmark(self.pictures) if self.pictures else None
         files = (File(**fields) for fields in json.loads(given))
         return "\n".join(f.model_dump_json() for f in self._findings(files, against))

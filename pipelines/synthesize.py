@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 
+from pipelines.runtime import prepare_process
 from pipelines.shard_job import (
     JobPlan,
     JobSummary,
@@ -147,7 +147,7 @@ class _SynthesizeShard:
     crop: int | None
 
     def __call__(self, task: ShardTask) -> Iterator[Sample | Rejected]:
-        cv2.setNumThreads(1)  # a task has one core
+        prepare_process()
         degradation = Degradation(self.settings, self.seed)
         shard = ShardInfo.model_validate(task.payload["shard"])
         for sample in read_shard(join_url(self.source, shard.name), shard, "hr"):

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.each_shard import each_shard
+from pipelines.runtime import prepare_process
 from pipelines.shard_job import STATS_SUFFIX
 from teasr import images
 from teasr.degradation import SCALE, replay
@@ -227,7 +227,7 @@ class _CheckShard:
     replaying: bool
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        cv2.setNumThreads(1)  # a task has one core
+        prepare_process()
         name = row["name"]
         problems: list[Problem] = []
         samples = size = 0

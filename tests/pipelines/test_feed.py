@@ -78,10 +78,8 @@ def _consume(
     position = FeedPosition.model_validate_json(state) if state else None
     start = position.number(manifest, SETTINGS) if position else 0
     read: list[list[Pair]] = [[] for _ in range(consumers)]
-    places = [
-        LockStep(start, rank, consumers, batch, block_size(batch, SETTINGS, start))
-        for rank in range(consumers)
-    ]
+    rows = block_size(batch, SETTINGS, consumers=consumers, number=start)
+    places = [LockStep(start, rank, consumers, batch, rows) for rank in range(consumers)]
     failures: list[BaseException] = []
 
     def consume(rank: int, batches: object) -> None:
@@ -93,7 +91,8 @@ def _consume(
             failures.append(error)
 
     with quiet_ray_data():
-        shares = split(feed(data, SETTINGS, batch=batch, position=position), consumers)
+        dataset = feed(data, SETTINGS, batch=batch, consumers=consumers, position=position)
+        shares = split(dataset, consumers)
         threads = [
             threading.Thread(target=consume, args=(rank, share.iter_batches(batch_size=batch)))
             for rank, share in enumerate(shares)
