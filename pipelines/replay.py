@@ -23,7 +23,15 @@ import numpy as np
 from pipelines.compare import Comparison, compare
 from pipelines.each_shard import each_shard
 from pipelines.runtime import prepare_process
-from pipelines.shard_job import JobPlan, JobSummary, Rejected, ShardTask, plan_job, run_job
+from pipelines.shard_job import (
+    JobPlan,
+    JobSummary,
+    Rejected,
+    ShardTask,
+    plan_job,
+    run_job,
+    sibling_name,
+)
 from teasr import degradation, images
 from teasr.degradation.recipe import RECIPE_VERSION
 from teasr.errors import TeasrError, UsageError
@@ -145,7 +153,7 @@ def _places(source: str, pairs: str) -> dict[str, str]:
     the names tell."""
     hr, made = read_manifest(source, "hr"), read_manifest(pairs, "pairs")
     names = {shard.name for shard in hr.shards}
-    if hr.fingerprint == made.parent and {_sibling(s.name) for s in made.shards} <= names:
+    if hr.fingerprint == made.parent and {sibling_name(s.name, "hr") for s in made.shards} <= names:
         return {}
     folder = absolute_url(source)
     rows = [{"url": join_url(folder, shard.name), "shard": shard.name} for shard in hr.shards]
@@ -154,11 +162,6 @@ def _places(source: str, pairs: str) -> dict[str, str]:
         for out in each_shard(rows, _keys, "read its names")
         for key in out["keys"]
     }
-
-
-def _sibling(name: str) -> str:
-    """The name of the HR shard that `synthesize` made the pair shard `name` of."""
-    return name.replace("pairs-", "hr-", 1)
 
 
 def _keys(row: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +194,7 @@ class _ReplayShard:
 
     def __call__(self, task: ShardTask) -> Iterator[Sample | Rejected]:
         prepare_process()
-        photographs = _Photographs(self.source, self.places, _sibling(task.name))
+        photographs = _Photographs(self.source, self.places, sibling_name(task.name, "hr"))
         for pair in read_shard(join_url(self.pairs, task.payload["shard"])):
             try:
                 yield _remake(pair, photographs)

@@ -23,7 +23,7 @@ import ray.data
 import ray.exceptions
 import torch
 
-from pipelines.runtime import LOST_WORKERS, ensure_ray, quiet_actor_start, quiet_ray_data
+from pipelines.runtime import MAX_LOST_WORKERS, ensure_ray, quiet_actor_start, quiet_ray_data
 from teasr.backbones import load_backbone
 from teasr.errors import TeasrError, UsageError
 from teasr.images import PICTURE_SUFFIXES, BadPicture, decode
@@ -305,7 +305,7 @@ class _Restorer:
         except OSError as error:
             return _failed(picture, "not-written", f"It cannot be written: {reason_of(error)}.")
         try:
-            if lost >= LOST_WORKERS:
+            if lost >= MAX_LOST_WORKERS:
                 message = f"{lost} workers were lost while they worked on it."
                 return _failed(picture, "worker-lost", message)
             return self._try(picture, data)

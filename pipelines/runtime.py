@@ -22,7 +22,7 @@ from teasr.errors import TeasrError
 # The pipelines pass names and figures through the object store, never pictures.
 OBJECT_STORE_BYTES = 1_000_000_000
 
-LOST_WORKERS = 5
+MAX_LOST_WORKERS = 5
 """So many workers may be lost to one task, before the task is taken for the cause."""
 
 # Names of the C library's parameters (malloc.h).
@@ -71,7 +71,7 @@ def workers_lost() -> int:
     """How many workers were lost to the task that this is (of actors Ray keeps no count).
 
     Ray Data starts a task again without an end: a picture on which a decoder crashes, or for which
-    the memory does not suffice, would be tried for ever. Compare with `LOST_WORKERS`.
+    the memory does not suffice, would be tried for ever. Compare with `MAX_LOST_WORKERS`.
     """
     # Ray counts, but has no public word for it.
     worker = getattr(global_worker, "core_worker", None)

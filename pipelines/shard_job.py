@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.runtime import LOST_WORKERS, ensure_ray, quiet_ray_data, workers_lost
+from pipelines.runtime import MAX_LOST_WORKERS, ensure_ray, quiet_ray_data, workers_lost
 from teasr.config import Settings
 from teasr.errors import TeasrError, UsageError
 from teasr.shards import (
@@ -326,6 +326,12 @@ def shard_name(kind: str, index: int) -> str:
     return f"{kind}-{index:05d}.tar"
 
 
+def sibling_name(name: str, kind: str) -> str:
+    """The name of the shard of `kind` that is made of shard `name`, or that it was made of: the
+    same number, so that a shard that goes or comes renames no other."""
+    return f"{kind}-{name.rpartition('-')[2]}"
+
+
 def job_progress(*, shown: bool) -> Progress:
     """Bars on the terminal, where there is one and they are to be `shown`."""
     console = Console(stderr=True)
@@ -341,7 +347,7 @@ def job_progress(*, shown: bool) -> Progress:
 
 # ---------------------------------------------------------------- Ray
 
-_LOST_WORKERS = (
+_WORKER_LOST = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
@@ -365,7 +371,7 @@ class OnRay:
     def run(self, row: dict[str, str]) -> dict[str, str]:
         """`__call__` on a row of Ray Data."""
         try:
-            if workers_lost() >= LOST_WORKERS:
+            if workers_lost() >= MAX_LOST_WORKERS:
                 raise TeasrError(
                     f"{self.name(row['given'])}: {workers_lost()} workers were lost while they "
                     "worked on it.",
@@ -447,7 +453,7 @@ def map_on_ray(work: OnRay, given: list[str], doing: str) -> Iterator[str]:
                 if row["error"]:
                     raise _error_of(json.loads(row["error"]))
                 yield row["result"]
-    except _LOST_WORKERS as error:
+    except _WORKER_LOST as error:
         raise TeasrError(
             f"Ray lost the workers that {doing}: {str(error).splitlines()[0]}",
             "When memory ran out, start Ray with fewer CPUs; then run the same command again.",

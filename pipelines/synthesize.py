@@ -24,6 +24,7 @@ from pipelines.shard_job import (
     ShardTask,
     plan_job,
     run_job,
+    sibling_name,
 )
 from teasr import images
 from teasr.degradation import SCALE, Degradation, DegradationSettings, load_preset, sample_seed
@@ -115,8 +116,7 @@ def plan(
     shared = ["synthesize", settings.model_dump(mode="json"), copies, seed, crop, versions]
     tasks = [
         ShardTask(
-            # Named after its HR shard, so that one that goes or comes renames no other.
-            name=shard.name.replace("hr-", "pairs-", 1),
+            name=sibling_name(shard.name, "pairs"),
             samples=shard.samples * copies,
             payload={"shard": shard.model_dump()},
             fingerprint=content_hash([*shared, shard.sha256]),

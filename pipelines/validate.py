@@ -34,6 +34,8 @@ from teasr.shards import (
     Sample,
     absolute_url,
     join_url,
+    manifest_document,
+    manifest_of,
     read_shard,
 )
 from teasr.storage import patiently
@@ -54,7 +56,6 @@ KINDS: Mapping[str, str] = {
 """Kinds of problems, in the order in which they are told."""
 
 _FORMATS = {"png": "png", "jpg": "jpeg", "webp": "webp"}
-_DERIVED = ("samples", "bytes", "fingerprint")
 # What jobs keep in a dataset's folder beside shards and their stats.
 _KEPT = re.compile(r"manifest\.json|quarantine\.jsonl|layout\.json|scan-\d+\.jsonl")
 _COPY_BYTES = 1 << 20
@@ -145,23 +146,11 @@ def _problem(kind: str, text: object, shard: str = "", key: str = "") -> Problem
 
 def _load_manifest(folder: str) -> tuple[Manifest | None, list[Problem]]:
     """The manifest, also one that does not match its fingerprint, and what is wrong with it."""
-    url = join_url(folder, MANIFEST_NAME)
-    filesystem, path = url_to_fs(url)
-    filesystem.invalidate_cache()
-    try:
-        data = json.loads(patiently(f"read {url}", partial(filesystem.cat_file, path)))
-        if not isinstance(data, dict):
-            raise ValueError
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(
-            f"{folder} is not a dataset: it has no {MANIFEST_NAME}.",
-            "Make one with `teasr ingest`, or run the command that was writing it again.",
-        ) from None
-    except (ValueError, RecursionError, OSError):
+    data = manifest_document(folder)
+    if data is None:
         return None, [_problem("manifest", f"{MANIFEST_NAME} is not a JSON object.")]
-    fields = {name: value for name, value in data.items() if name not in _DERIVED}
     try:
-        manifest = Manifest.from_mapping(fields, MANIFEST_NAME)
+        manifest = manifest_of(data, MANIFEST_NAME)
         stated = {"samples": manifest.samples, "bytes": manifest.bytes}
         fingerprint = manifest.fingerprint
     except (UsageError, RecursionError) as error:

@@ -553,26 +553,13 @@ def read_manifest(url: str, kind: Kind | None = None) -> Manifest:
             dataset is not of the `kind` that is asked for.
     """
     folder = url.removesuffix(MANIFEST_NAME).rstrip("/") or "/"
-    filesystem, path = _open_place(join_url(folder, MANIFEST_NAME))
-    try:
-        data = json.loads(
-            patiently(f"read {folder}/{MANIFEST_NAME}", partial(filesystem.cat_file, path))
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(
-            f"{folder} is not a dataset: it has no {MANIFEST_NAME}.",
-            "Make one with `teasr ingest`, or run the command that was writing it again.",
-        ) from None
-    except (ValueError, RecursionError, IsADirectoryError):
-        data = None
-    if not isinstance(data, Mapping):
+    data = manifest_document(folder)
+    if data is None:
         raise UsageError(
             f"{folder}/{MANIFEST_NAME} is not a manifest: a JSON object is expected.",
             "Delete it and run the command that made the dataset again.",
         )
-    derived = ("samples", "bytes", "fingerprint")
-    fields = {name: value for name, value in data.items() if name not in derived}
-    manifest = Manifest.from_mapping(fields, f"{folder}/{MANIFEST_NAME}")
+    manifest = manifest_of(data, f"{folder}/{MANIFEST_NAME}")
     if data.get("fingerprint") != manifest.fingerprint:
         raise UsageError(
             f"{folder}/{MANIFEST_NAME} does not match its fingerprint: it was changed by hand.",
@@ -586,3 +573,35 @@ def read_manifest(url: str, kind: Kind | None = None) -> Manifest:
             f"Give a dataset made by `teasr {made_by[kind]}`.",
         )
     return manifest
+
+
+def manifest_document(folder: str) -> dict[str, Any] | None:
+    """What stands in a folder's `manifest.json`, unchecked; None when it is no JSON object.
+
+    Raises:
+        UsageError: when there is none, so that the folder is not a dataset.
+    """
+    url = join_url(folder, MANIFEST_NAME)
+    filesystem, path = _open_place(url)
+    filesystem.invalidate_cache()
+    try:
+        data = json.loads(patiently(f"read {url}", partial(filesystem.cat_file, path)))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"{folder} is not a dataset: it has no {MANIFEST_NAME}.",
+            "Make one with `teasr ingest`, or run the command that was writing it again.",
+        ) from None
+    except (ValueError, RecursionError, IsADirectoryError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def manifest_of(document: Mapping[str, Any], where: str) -> Manifest:
+    """The manifest in a document, whatever fingerprint that states.
+
+    Raises:
+        UsageError: naming `where` and the field that is wrong.
+    """
+    derived = ("samples", "bytes", "fingerprint")
+    fields = {name: value for name, value in document.items() if name not in derived}
+    return Manifest.from_mapping(fields, where)

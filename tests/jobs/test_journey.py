@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from teasr.images import decode, encode
+from teasr.shards import read_manifest
 
 pytestmark = pytest.mark.journey
 
@@ -161,6 +162,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(photos: Path, tmp_path: Path) 
     assert end["steps"] == 400 and end["samples"] == 1600
     assert end["seconds"] > begun["seconds"]
     assert (run / "model" / "model.safetensors").is_file()
+    last = json.loads(sorted(run.glob("train/checkpoint_*/teasr.json"))[-1].read_text())
+    epoch = read_manifest(str(tmp_path / "hr")).samples * 16  # crops of each photograph
+    assert (last["feed"]["epoch"], last["feed"]["consumed"]) == divmod(1600, epoch)
     assert "was finished before" in _teasr(*command, home=home).stdout
 
 
@@ -183,6 +187,12 @@ ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ER
          log_to_driver=False, object_store_memory=200_000_000)
 from jobs.distill import distill
 from jobs.recipe import load_recipe
+from teasr.errors import UsageError
+try:
+    greedy = load_recipe("quickstart", {[*overrides, "training.cpus_per_worker=2"]!r})
+    distill(greedy, Path({str(home / "runs" / "greedy")!r}))
+except UsageError as error:
+    print(error)
 result = distill(load_recipe("quickstart", {overrides!r}), Path({str(home / "runs" / "two")!r}))
 print(result.position)
 """
@@ -194,6 +204,7 @@ print(result.position)
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    assert "leave no CPU for the feed: this Ray has 4, 5 are needed" in done.stdout
     assert "'steps': 3" in done.stdout and "'samples': 24" in done.stdout
     from mlflow import MlflowClient
 

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.ingest import ingest
 from pipelines.restore import _Picture, _Place, _Restorer, output_format, restore_many
-from pipelines.runtime import LOST_WORKERS, quiet_actor_start
+from pipelines.runtime import MAX_LOST_WORKERS, quiet_actor_start
 from teasr.backbones import PRESETS, DualBranchDiT, load_backbone, save_backbone
 from teasr.errors import UsageError
 from teasr.images import decode, encode
@@ -91,7 +91,7 @@ def test_a_picture_that_every_actor_was_lost_on_is_given_up(
     restorer = _Restorer(model, SETTINGS, place)
     left = tmp_path / "out" / ".a.png.tries.partial"
     left.parent.mkdir()
-    for lost, state in ((LOST_WORKERS, "failed"), (LOST_WORKERS - 1, "done")):
+    for lost, state in ((MAX_LOST_WORKERS, "failed"), (MAX_LOST_WORKERS - 1, "done")):
         left.write_bytes(b"." * lost)
         row = {"picture": json.dumps(picture._asdict()), "data": b""}
         outcome = json.loads(restorer(row)["outcome"])
