@@ -43,6 +43,18 @@ class GaussianFlow:
         return x_t * torch.where(t == r, slope, average).view(-1, 1, 1, 1)
 
 
+class PosteriorMean:
+    """F = (x_t - E[x | x_t]) / t of data N(0, sigma^2): the best one-step picture in the mean."""
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+
+    def __call__(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
+        t = t.view(-1, 1, 1, 1)
+        variance = (1 - t).square() * self.sigma**2 + t.square()
+        return (x_t - x_t * (1 - t) * self.sigma**2 / variance) / t
+
+
 def field(draws: int = 1, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((draws, *shape), generator=generator, dtype=torch.float64)
@@ -71,7 +83,7 @@ def test_a_warp_that_would_not_end_at_zero_is_refused(warp: tuple[float, float])
 @pytest.mark.parametrize("warp", [None, (2.0, 1.5)])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-@pytest.mark.parametrize("style", ["few", "any", "multi"])
+@pytest.mark.parametrize("style", ["few", "any", "multi", "heun"])
 def test_point_data_are_found_exactly(
     style: str, steps: int, share: float, warp: tuple[float, float] | None
 ) -> None:
@@ -81,14 +93,16 @@ def test_point_data_are_found_exactly(
     flow = PointFlow(0.3)
     result = sample(flow, torch.zeros(2), field(noise_draws(settings)), settings)
     torch.testing.assert_close(result, torch.full_like(result, 0.3), rtol=0, atol=1e-6)
-    path = pytest.approx(levels(steps, warp), abs=1e-6)
-    assert [t for t, _, _ in flow.asked] + [0.0] == path
-    targets = {
-        "few": [0.0] * steps,
-        "any": levels(steps, warp)[1:],
-        "multi": levels(steps, warp)[:-1],
-    }
-    assert [r for _, r, _ in flow.asked] == pytest.approx(targets[style], abs=1e-6)
+    path = levels(steps, warp)
+    twice = [t for t in path[1:-1] for _ in range(2)]
+    asked = {
+        "few": [(t, 0.0) for t in path[:-1]],
+        "any": list(itertools.pairwise(path)),
+        "multi": [(t, t) for t in path[:-1]],
+        "heun": [(t, t) for t in [1.0, *twice]],
+    }[style]
+    for got, expected in zip(flow.asked, asked, strict=True):
+        assert got[:2] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 16])
@@ -100,15 +114,28 @@ def test_any_is_exact_on_gaussian_data_at_every_number_of_steps(steps: int) -> N
     torch.testing.assert_close(result, 0.4 * noise[0], rtol=1e-5, atol=1e-6)
 
 
-def test_multi_converges_on_gaussian_data_with_first_order() -> None:
+@pytest.mark.parametrize(("style", "order"), [("multi", 1), ("heun", 2)])
+@pytest.mark.parametrize("sigma", [0.4, 2.0])
+def test_integration_converges_on_gaussian_data_with_its_order(
+    style: str, order: int, sigma: float
+) -> None:
     noise = field()
     errors = []
     for steps in (16, 32, 64):
-        settings = SamplerSettings(steps=steps, style="multi")
-        result = sample(GaussianFlow(0.4), torch.zeros(2), noise, settings)
-        errors.append(float((result - 0.4 * noise[0]).abs().max()))
-    assert errors[0] / errors[1] == pytest.approx(2, abs=0.3)
-    assert errors[1] / errors[2] == pytest.approx(2, abs=0.3)
+        settings = SamplerSettings.model_validate({"steps": steps, "style": style})
+        result = sample(GaussianFlow(sigma), torch.zeros(2), noise, settings)
+        errors.append(float((result - sigma * noise[0]).abs().max()))
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+def test_heun_is_eulers_method_at_one_step() -> None:
+    noise = field()
+    euler, heun = (
+        sample(GaussianFlow(0.4), torch.zeros(2), noise, SamplerSettings(style=style))
+        for style in ("multi", "heun")
+    )
+    assert torch.equal(euler, heun)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -126,6 +153,36 @@ def test_few_that_keeps_its_noise_widens_gaussian_data_by_a_known_factor() -> No
     result = sample(GaussianFlow(sigma), torch.zeros(2), noise, SamplerSettings(steps=2))
     factor = (1 + sigma) / math.sqrt(1 + sigma**2)
     torch.testing.assert_close(result, sigma * factor * noise[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_few_with_the_posterior_mean_is_eulers_method(steps: int) -> None:
+    """With E[x | x_t] the kept noise is E[z | x_t], and the step is along E[z - x | x_t]."""
+    noise, sigma = field(), 0.4
+    settings = SamplerSettings(steps=steps)
+    few = sample(PosteriorMean(sigma), torch.zeros(2), noise, settings)
+    euler = sample(
+        GaussianFlow(sigma), torch.zeros(2), noise, settings.model_copy(update={"style": "multi"})
+    )
+    torch.testing.assert_close(few, euler, rtol=1e-5, atol=1e-6)
+    if steps == 1:  # pure noise says nothing of the data but their mean, 0
+        torch.testing.assert_close(few, torch.zeros_like(few), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_few_with_the_posterior_mean_has_a_known_deviation(share: float) -> None:
+    """x_t = a z with a_0 = 1; each kept or fresh noise adds its own coefficient."""
+    sigma, steps = 0.4, 4
+    settings = SamplerSettings(steps=steps, stochastic_share=share)
+    noise = field(noise_draws(settings), (4, 3, 128, 128))
+    result = sample(PosteriorMean(sigma), torch.zeros(4), noise, settings)
+    variance = 1.0
+    for t, end in itertools.pairwise(levels(steps)):
+        mean = (1 - t) * sigma**2 / ((1 - t) ** 2 * sigma**2 + t**2)  # E[x | x_t] / x_t
+        kept = (1 - mean * (1 - t)) / t  # E[z | x_t] / x_t
+        gain = (1 - end) * mean + end * math.sqrt(1 - share) * kept
+        variance = gain**2 * variance + end**2 * share
+    assert float(result.std()) == pytest.approx(math.sqrt(variance), rel=0.01)
 
 
 def test_few_and_any_are_one_evaluation_at_one_step() -> None:
@@ -155,7 +212,7 @@ def test_noise_draws() -> None:
     assert noise_draws(SamplerSettings(steps=4)) == 1
     assert noise_draws(SamplerSettings(steps=4, stochastic_share=0.5)) == 4
     assert noise_draws(SamplerSettings(steps=1, stochastic_share=0.5)) == 1
-    for style in ("any", "multi"):
+    for style in ("any", "multi", "heun"):
         settings = SamplerSettings.model_validate(
             {"style": style, "steps": 4, "stochastic_share": 1}
         )

@@ -58,6 +58,8 @@ _WIDE_BYTES_PER_PIXEL = 16  # OpenCV's samples, twice, and the array; a third mo
 _LOOK_BYTES_PER_PIXEL = 5
 _FIXED_BYTES = 16 << 20
 _JPEG_REDUCTIONS = (1, 2, 4, 8)
+# Of what is written: Pillow's lines, libjpeg's JPEG_MAX_DIMENSION, 14 bits of WebP.
+_LONGEST_SIDES = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 
 
 class BadPicture(TeasrError):  # noqa: N818 - a verdict on the picture, named for the quarantine list
@@ -294,13 +296,10 @@ def encode(
         quality: of `jpeg`, 1 to 100; the others lose nothing.
 
     Raises:
-        UsageError: for another format, or alpha with `jpeg`.
+        UsageError: as `check_format`.
         ValueError: for arrays of another type or shape.
     """
-    if format not in ("png", "jpeg", "webp"):
-        raise UsageError(f"'{format}' is not written.", "Formats: png, jpeg, webp.")
-    if format == "jpeg" and alpha is not None:
-        raise UsageError("JPEG cannot hold transparency.", "Write png or webp, or drop the alpha.")
+    check_format(format, rgb.shape[1], rgb.shape[0], alpha is not None)
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ValueError(f"uint8 (H, W, 3) expected, {rgb.dtype} {rgb.shape} given")
     picture = Image.fromarray(rgb)
@@ -324,10 +323,30 @@ def encode(
     return buffer.getvalue()
 
 
-def bicubic_upsample(lr: Bytes, scale: int = 4) -> Bytes:
-    """`lr` uint8 (H, W, 3) enlarged to (H*scale, W*scale, 3) by bicubic interpolation, a = -0.5.
+def check_format(format: str, width: int, height: int, alpha: bool = False) -> None:
+    """Whether `encode` can write such a picture.
 
-    Pillow's kernel, for enlargement the same as MATLAB's `imresize`: the baseline of the field.
+    Raises:
+        UsageError: for another format than its own, alpha with `jpeg`, or a side that is longer
+            than the format has.
+    """
+    if format not in _LONGEST_SIDES:
+        raise UsageError(f"'{format}' is not written.", f"Formats: {', '.join(_LONGEST_SIDES)}.")
+    if format == "jpeg" and alpha:
+        raise UsageError("JPEG cannot hold transparency.", "Write png or webp, or drop the alpha.")
+    if max(width, height) > _LONGEST_SIDES[format]:
+        raise UsageError(
+            f"{width} x {height} pixels do not fit into a {format.upper()}, whose sides have at "
+            f"most {_LONGEST_SIDES[format]}.",
+            "Write png.",
+        )
+
+
+def bicubic_upsample(lr: Bytes, scale: int = 4) -> Bytes:
+    """`lr` uint8 (H, W, 3) or (H, W), its sides `scale` times as long, by bicubic interpolation.
+
+    Pillow's kernel (a = -0.5), for enlargement the same as MATLAB's `imresize`: the baseline of the
+    field.
     """
     height, width = lr.shape[:2]
     size = (width * scale, height * scale)

@@ -1,27 +1,40 @@
 """From a picture of any size to its restored self: padding, tiles, blending, colour.
 
-A transformer is used at the extent it was trained for: the picture is cut into overlapping tiles
-that are blended by ramps summing to one, so that no seam shows. Tiles are taken row by row and
-finished rows are written out at once: memory beyond the result is one row of tiles, whatever the
-picture's height. Noise is a function of (seed, row of the picture), not of the tiling.
+A picture that is larger than a tile is cut into tiles that share a margin, across which one fades
+into the next. Tiles start where the network's own windows do, so that two neighbours divide their
+margin alike, and differ there only by what each sees beyond it: no seam shows. Memory beyond the
+result is that of one tile and of a strip as wide as the picture and as high as the margin. Noise
+is a function of seed and place in the picture, not of the tiling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+import os
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from teasr.backbones.base import Backbone
-from teasr.images import Picture, bicubic_upsample, encode
+from teasr.errors import UsageError
+from teasr.images import Picture, bicubic_upsample, check_format, encode
 from teasr.sampler import SamplerSettings, noise_draws, sample
+
+Bytes = NDArray[np.uint8]
+Progress = Callable[[int, int], None]
+"""Called as (tiles done, tiles) while the work goes on."""
+
+NOISE_BLOCK = 32
+"""Side, in low-resolution pixels, of the blocks whose noise has a seed of its own."""
+_COLOUR_SIGMA = 4.0
+_BYTES_PER_PIXEL = 10  # of a result that is encoded: the array 3, Pillow's copy 4, the file
+_STRIP_PIXELS = 1 << 18  # of the result, for which colour is matched at once
 
 
 class RestorationSettings(SamplerSettings):
@@ -33,15 +46,15 @@ class RestorationSettings(SamplerSettings):
     long enough to draw detail from low noise levels."""
     seed: int = Field(0, ge=0)
     """Seed of the noise; equal seeds give equal pictures."""
-    tile: int = Field(32, ge=8)
-    """Side of a tile in low-resolution pixels; best at the extent the model was trained for."""
+    tile: int = Field(384, ge=8, le=1024)
+    """Longest side of a tile in low-resolution pixels. `teasr-s` takes 2.3 kB a pixel: 0.35 GB."""
     overlap: int = Field(8, ge=0)
-    """Low-resolution pixels that neighbouring tiles share."""
-    batch: int = Field(16, ge=1)
-    """Tiles evaluated at once."""
-    colour: Literal["none", "wavelet"] = "none"
-    """`wavelet` takes the lowest frequencies of the result from the input (as StableSR, arXiv
-    2305.07015); a network that predicts a residual on the bicubic picture seldom needs it."""
+    """Low-resolution pixels that neighbouring tiles share; in tiles of two windows or more it is
+    rounded up to whole windows."""
+    colour: Literal["none", "wavelet", "adain"] = "none"
+    """What the result takes from the input: `wavelet` its lowest frequencies, `adain` each
+    channel's mean and standard deviation (both as StableSR, arXiv 2305.07015). A network that
+    predicts a residual on the bicubic picture seldom needs it."""
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> RestorationSettings:
@@ -52,55 +65,63 @@ class RestorationSettings(SamplerSettings):
 
 def restore(
     network: Backbone,
-    picture: NDArray[np.uint8],
+    picture: Bytes,
     settings: RestorationSettings,
-    progress: Callable[[int, int], None] | None = None,
-) -> NDArray[np.uint8]:
-    """Restore an (h, w, 3) uint8 RGB picture to (scale h, scale w, 3).
-
-    Args:
-        network: in evaluation mode.
-        progress: called as (rows of tiles done, rows of tiles) while the work goes on.
-    """
+    progress: Progress | None = None,
+) -> Bytes:
+    """Restore an (h, w, 3) uint8 RGB picture to (scale h, scale w, 3); `network` in evaluation
+    mode."""
     height, width = picture.shape[:2]
     scale = network.scale
-    padded = pad_to_multiple(picture, network.multiple)
-    tile_height, tile_width = (
-        min(-(-settings.tile // network.multiple) * network.multiple, side)
-        for side in padded.shape[:2]
-    )
-    tops = tile_starts(padded.shape[0], tile_height, settings.overlap)
-    lefts = tile_starts(padded.shape[1], tile_width, settings.overlap)
-    down = blend_weights(tops, tile_height, padded.shape[0], scale)
-    across = blend_weights(lefts, tile_width, padded.shape[1], scale)
+    rows, columns = (tile_spans(side, network, settings) for side in (height, width))
+    down, across = (blend_weights(spans, scale) for spans in (rows, columns))
+    result = np.empty((height * scale, width * scale, 3), np.uint8)
+    above = torch.zeros(3, _shared(rows) * scale, width * scale)
+    for i, row in enumerate(rows):
+        beside = torch.zeros(3, 0, 0)
+        for j, column in enumerate(columns):
+            tile = _restore_tile(network, picture, row, column, settings)
+            tile *= down[i][:, None] * across[j]
+            # What the tiles to the left and above gave to the pixels that they share with this one.
+            if j:
+                tile[..., : beside.shape[2]] += beside
+            top, left = row.start * scale, column.start * scale
+            bottom, right = (
+                scale * (spans[k + 1].start if k + 1 < len(spans) else spans[k].stop)
+                for spans, k in ((rows, i), (columns, j))
+            )
+            done, beside = tile[..., : right - left], tile[..., right - left :]
+            if i:
+                done[:, : above.shape[1]] += above[..., left:right]
+            if i + 1 < len(rows):
+                above[..., left:right] = done[:, bottom - top :]
+            done = done[:, : bottom - top].add(1).mul_(127.5).round_().clamp_(0, 255).byte()
+            result[top:bottom, left:right] = done.permute(1, 2, 0).numpy()
+            if progress:
+                progress(i * len(columns) + j + 1, len(rows) * len(columns))
+    if settings.colour == "wavelet":
+        match_low_frequencies(result, picture)
+    elif settings.colour == "adain":
+        match_statistics(result, picture)
+    return result
 
-    device = next(network.parameters()).device
-    condition = torch.from_numpy(padded).permute(2, 0, 1).float().div_(127.5).sub_(1)
-    result = np.empty((padded.shape[0] * scale, padded.shape[1] * scale, 3), np.uint8)
-    canvas = torch.zeros(3, tile_height * scale, padded.shape[1] * scale)
-    noise_rows = _NoiseRows(settings, padded.shape[1], scale)
-    for i, top in enumerate(tops):
-        noise = noise_rows.band(top, tile_height)
-        for chunk in _chunks(list(enumerate(lefts)), settings.batch):
-            tiles = torch.stack(
-                [condition[:, top : top + tile_height, x : x + tile_width] for _, x in chunk]
-            )
-            fields = torch.stack(
-                [noise[..., x * scale : (x + tile_width) * scale] for _, x in chunk], dim=1
-            )
-            restored = sample(network, tiles.to(device), fields.to(device), settings).float().cpu()
-            for (j, x), tile in zip(chunk, restored):
-                weight = down[i][:, None] * across[j][None]
-                canvas[:, :, x * scale : (x + tile_width) * scale] += weight * tile
-        following = tops[i + 1] if i + 1 < len(tops) else top + tile_height
-        finished = (following - top) * scale
-        rows = canvas[:, :finished].add(1).mul_(127.5).round_().clamp_(0, 255).byte()
-        result[top * scale : following * scale] = rows.permute(1, 2, 0).numpy()
-        canvas = functional.pad(canvas[:, finished:], (0, 0, 0, finished))
-        if progress:
-            progress(i + 1, len(tops))
-    result = result[: height * scale, : width * scale]
-    return match_colour(result, picture, scale) if settings.colour == "wavelet" else result
+
+def _restore_tile(
+    network: Backbone, picture: Bytes, row: range, column: range, settings: RestorationSettings
+) -> Tensor:
+    """(3, scale h, scale w) float32 of the pixels in `row` and `column`."""
+    device, scale = next(network.parameters()).device, network.scale
+    pixels = picture[row.start : row.stop, column.start : column.stop]
+    padded = pad_to_multiple(pixels, network.multiple)
+    condition = torch.from_numpy(padded).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+    rows, columns = (
+        range(span.start, span.start + side) for span, side in zip((row, column), padded.shape)
+    )
+    noise = noise_field(settings.seed, noise_draws(settings), rows, columns, scale)[:, None]
+    with torch.no_grad():
+        prepared = network.prepare(condition.to(device))
+    restored = sample(network, prepared, noise.to(device), settings)[0].float().cpu()
+    return restored[:, : len(row) * scale, : len(column) * scale]
 
 
 def restore_picture(
@@ -108,78 +129,152 @@ def restore_picture(
     picture: Picture,
     settings: RestorationSettings,
     format: str = "png",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> bytes:
     """Restore a decoded picture and encode it: grey stays grey, alpha is magnified bicubically.
 
-    Args:
-        progress: as for `restore`.
-
     Raises:
-        TeasrError: when `format` cannot carry the picture (alpha in a JPEG).
+        UsageError: before any work, when `format` cannot carry the result (alpha in a JPEG, too
+            long a side), or this machine's memory cannot hold it.
     """
+    height, width = (side * network.scale for side in picture.rgb.shape[:2])
+    alpha = picture.alpha
+    check_format(format, width, height, alpha is not None)
+    needed, memory = height * width * _BYTES_PER_PIXEL, _memory()
+    if needed > memory:
+        raise UsageError(
+            f"The result, {width} x {height} pixels, takes {needed / 1e9:.1f} GB of memory; this "
+            f"machine has {memory / 1e9:.1f}.",
+            "Cut the picture into parts.",
+        )
     restored = restore(network, picture.rgb, settings, progress)
-    alpha = None
-    if picture.alpha is not None:
-        stacked = np.repeat(picture.alpha[:, :, None], 3, axis=2)
-        alpha = bicubic_upsample(stacked, network.scale)[:, :, 0]
+    if alpha is not None:
+        alpha = bicubic_upsample(alpha, network.scale)
     return encode(restored, format=format, alpha=alpha, grey=picture.grey)
 
 
-def pad_to_multiple(picture: NDArray[np.uint8], multiple: int) -> NDArray[np.uint8]:
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def pad_to_multiple(picture: Bytes, multiple: int) -> Bytes:
     """Extend bottom and right by mirrored (for a single row or column: repeated) pixels."""
     bottom, right = (-side % multiple for side in picture.shape[:2])
     return np.pad(picture, ((0, bottom), (0, right), (0, 0)), mode="symmetric")
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Evenly spread starts of tiles of `tile` that cover `length` and share at least `overlap`."""
-    if length <= tile:
-        return [0]
-    count = -(-(length - overlap) // (tile - overlap))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+def tile_spans(length: int, network: Backbone, settings: RestorationSettings) -> list[range]:
+    """Low-resolution pixels of the tiles along a side of `length`, each but the last as long as
+    `settings.tile` allows; a tile meets no tile but its neighbours."""
+    aligned = settings.tile >= 2 * network.period
+    unit = network.period if aligned else network.multiple
+    tile = max(settings.tile // unit, 1)
+    overlap = min(-(-settings.overlap // unit), tile // 2)
+    if length <= tile * unit:
+        return [range(length)]
+    starts = range(0, -(-length // unit) - overlap, tile - overlap)
+    return [range(i * unit, min((i + tile) * unit, length)) for i in starts]
 
 
-def blend_weights(starts: list[int], tile: int, length: int, scale: int) -> list[Tensor]:
-    """Per tile a ramp (tile * scale,) such that at every pixel all tiles' ramps sum to one."""
-    size = tile * scale
-    middle = (torch.arange(size) + 0.5) / size
-    window = torch.minimum(middle, 1 - middle)
-    total = torch.zeros(length * scale)
-    for start in starts:
-        total[start * scale : start * scale + size] += window
-    return [window / total[start * scale : start * scale + size] for start in starts]
+def blend_weights(spans: list[range], scale: int) -> list[Tensor]:
+    """Per tile the weight (len * scale,) of its pixels, ramps where tiles meet; they sum to one."""
+    weights = [torch.ones(len(span) * scale) for span in spans]
+    size = _shared(spans) * scale
+    ramp = (torch.arange(size) + 0.5) / size
+    for first, second in pairwise(weights):
+        first[len(first) - size :] = 1 - ramp
+        second[:size] = ramp
+    return weights
 
 
-def match_colour(
-    restored: NDArray[np.uint8], picture: NDArray[np.uint8], scale: int
-) -> NDArray[np.uint8]:
-    """Replace the low frequencies of `restored` (H, W, 3) by those of the LR `picture`."""
-    sigma = 4.0 * scale
-    reference = bicubic_upsample(picture, scale).astype(np.float32)
-    difference = reference - restored.astype(np.float32)
-    low = cv2.GaussianBlur(difference, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
-    return np.clip(np.rint(restored + low), 0, 255).astype(np.uint8)
+def _shared(spans: list[range]) -> int:
+    return spans[0].stop - spans[1].start if len(spans) > 1 else 0
 
 
-class _NoiseRows:
-    """Noise by rows of low-resolution pixels, each from its own seed; a band is kept for reuse."""
+def noise_field(seed: int, draws: int, rows: range, columns: range, scale: int) -> Tensor:
+    """(draws, 3, scale len(rows), scale len(columns)) of independent standard normal numbers.
 
-    def __init__(self, settings: RestorationSettings, width: int, scale: int) -> None:
-        self.shape = (noise_draws(settings), 3, scale, width * scale)
-        self.seed = settings.seed
-        self.rows: dict[int, Tensor] = {}
+    Those of a low-resolution pixel depend on `seed` and its place alone.
+    """
+    high, wide = (
+        range(span.start // NOISE_BLOCK, -(-span.stop // NOISE_BLOCK)) for span in (rows, columns)
+    )
+    side = NOISE_BLOCK * scale
+    field = torch.empty(draws, 3, len(high) * side, len(wide) * side)
+    generator = torch.Generator()
+    for i, row in enumerate(high):
+        for j, column in enumerate(wide):
+            words = np.random.SeedSequence((seed, row, column)).generate_state(1, np.uint64)
+            generator.manual_seed(int(words[0]) >> 1)
+            block = torch.randn(draws, 3, side, side, generator=generator)
+            field[..., i * side : (i + 1) * side, j * side : (j + 1) * side] = block
+    top, left = (span.start % NOISE_BLOCK * scale for span in (rows, columns))
+    return field[..., top : top + len(rows) * scale, left : left + len(columns) * scale]
 
-    def band(self, top: int, count: int) -> Tensor:
-        """(draws, 3, count * scale, width * scale) standard normal noise of the rows from `top`."""
-        self.rows = {row: noise for row, noise in self.rows.items() if row >= top}
-        for row in range(top, top + count):
-            if row not in self.rows:
-                words = np.random.SeedSequence((self.seed, row)).generate_state(1, np.uint64)
-                generator = torch.Generator().manual_seed(int(words[0]) >> 1)
-                self.rows[row] = torch.randn(self.shape, generator=generator)
-        return torch.cat([self.rows[row] for row in range(top, top + count)], dim=2)
+
+def match_low_frequencies(restored: Bytes, picture: Bytes) -> None:
+    """Replace, in place, the low frequencies of `restored` (H, W, 3) by those of the LR `picture`.
+
+    What passes a Gaussian of 4 low-resolution pixels' deviation counts as low, about what the five
+    levels of StableSR's wavelets at scale 4 leave.
+    """
+    height, width = picture.shape[:2]
+    scale = len(restored) // height
+    small = cv2.resize(restored, (width, height), interpolation=cv2.INTER_AREA)
+    low = picture.astype(np.float32)
+    low -= small
+    cv2.GaussianBlur(low, (0, 0), _COLOUR_SIGMA, dst=low, borderType=cv2.BORDER_REFLECT)
+
+    def enlarge(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        size = (width * scale, len(rows) * scale)
+        return np.asarray(cv2.resize(rows, size, interpolation=cv2.INTER_LINEAR), np.float32)
+
+    for strip in _strips(height, width * scale**2):
+        rows = restored[strip.start * scale : strip.stop * scale]
+        rows[:] = np.clip(np.rint(rows + _magnified(low, strip, scale, enlarge)), 0, 255)
 
 
-def _chunks(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+def match_statistics(restored: Bytes, picture: Bytes) -> None:
+    """Give, in place, the channels of `restored` (H, W, 3) the mean and the standard deviation that
+    they have in the magnified LR `picture` (adaptive instance normalisation, arXiv 1703.06868)."""
+    height, width = picture.shape[:2]
+    scale = len(restored) // height
+    strips = _strips(height, width * scale**2)
+    views = [restored[strip.start * scale : strip.stop * scale] for strip in strips]
+    mean, deviation = _statistics(views)
+    wanted_mean, wanted_deviation = _statistics(
+        _magnified(picture, strip, scale, lambda rows: bicubic_upsample(rows, scale))
+        for strip in strips
+    )
+    gain = wanted_deviation / np.maximum(deviation, 1e-3)
+    mapped = (np.arange(256)[:, None] - mean) * gain + wanted_mean
+    table = np.clip(np.rint(mapped), 0, 255).astype(np.uint8)[None]
+    for view in views:
+        view[:] = cv2.LUT(view, table)
+
+
+def _statistics(strips: Iterable[Bytes]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation (3,) of each channel, of all pixels together."""
+    counts = np.zeros((3, 256))
+    for strip in strips:
+        counts += [np.bincount(strip[..., i].ravel(), minlength=256) for i in range(3)]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ np.arange(256.0)
+    return mean, np.sqrt(np.maximum(shares @ np.arange(256.0) ** 2 - mean**2, 0))
+
+
+def _strips(height: int, row_pixels: int) -> list[range]:
+    """Rows of the LR picture in strips of about `_STRIP_PIXELS` of the result, one row at least."""
+    step = max(_STRIP_PIXELS // row_pixels, 1)
+    return [range(top, min(top + step, height)) for top in range(0, height, step)]
+
+
+def _magnified(
+    picture: NDArray[Any], strip: range, scale: int, enlarge: Callable[[NDArray[Any]], NDArray[Any]]
+) -> NDArray[Any]:
+    """Rows of the enlarged picture that come from `strip`, as if it were enlarged whole by a kernel
+    that reaches two rows."""
+    first, last = max(strip.start - 2, 0), min(strip.stop + 2, len(picture))
+    top = (strip.start - first) * scale
+    return enlarge(picture[first:last])[top : top + len(strip) * scale]

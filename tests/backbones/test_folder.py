@@ -90,13 +90,23 @@ def test_a_damaged_description_is_named(folder: Path, text: bytes) -> None:
 @pytest.mark.parametrize("text", ["[]", "3", "{}"])
 def test_a_description_without_a_format_is_refused(folder: Path, text: str) -> None:
     (folder / DESCRIPTION_FILE).write_text(text)
-    with pytest.raises(TeasrError, match="format None; this version of teasr reads format 1"):
+    with pytest.raises(TeasrError, match="format None; this version of teasr reads format 2"):
         load_backbone(folder)
 
 
-def test_another_format_version_is_named(folder: Path) -> None:
-    edit(folder, format=2, something_new=True)
-    with pytest.raises(TeasrError, match="format 2; this version of teasr reads format 1"):
+@pytest.mark.parametrize("format", [1, 3, "2"])
+def test_another_format_version_is_named(folder: Path, format: object) -> None:
+    edit(folder, format=format, something_new=True)
+    with pytest.raises(
+        TeasrError, match=f"of format {format}; this version of teasr reads format 2"
+    ):
+        load_backbone(folder)
+
+
+def test_settings_of_format_1_under_a_new_number_are_named(folder: Path) -> None:
+    old = {"width": 48, "depth": 2, "heads": 3, "local_width": 16, "local_depth": 1}
+    edit(folder, settings=old)
+    with pytest.raises(UsageError, match=r"model\.json: unknown key 'local_depth'"):
         load_backbone(folder)
 
 

@@ -8,7 +8,7 @@ back.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ class Velocity(Protocol):
         x_t: (N, C, H, W), noisy image or latent, x_t = (1 - |t|) x + |t| z.
         t: (N,) in [-1, 1]; `|t|` is the noise level. Negative: the twin (fake) trajectory.
         r: (N,) target level, |r| <= |t|, of the sign of `t` (zero belongs to the real trajectory).
-        condition: (N, ...), whatever the backbone makes of the low-resolution picture.
+        condition: of N low-resolution pictures, in the backbone's own form.
         returns: (N, C, H, W) float32.
     """
 
-    def __call__(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Any) -> Tensor: ...
 
 
 class Backbone(nn.Module):
@@ -37,13 +37,21 @@ class Backbone(nn.Module):
     Attributes:
         scale: magnification from the low-resolution picture to the restored one.
         multiple: low-resolution sides must be multiples of this many pixels.
+        period: low-resolution pixels after which the network's division of a picture repeats, a
+            multiple of `multiple`: tiles that start at multiples of it are divided alike.
     """
 
     scale: int
     multiple: int
+    period: int
 
-    def forward(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Any) -> Tensor:
         raise NotImplementedError
+
+    def prepare(self, condition: Tensor) -> Any:
+        """What `forward` takes in place of `condition`, so that evaluations that differ in x_t, t
+        and r only share the work that depends on nothing else."""
+        return condition
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,13 +12,19 @@ after the noise branch. On a CPU this division is also the cheap one: four times
 8-pixel patches, and most of the time goes to matrix products. The head predicts the clean image
 as a residual on the bicubic picture, and `velocity_from_image` converts it. Its last layer starts
 at zero: an untrained network is bicubic.
+
+Attention stays within square windows of the extent that training crops have. Every second block
+shifts them by half a window (Swin, arXiv 2103.14030), and positions are rotary, hence relative: a
+picture of any size is made of what was trained, at a cost that grows with its area. A grid that
+fits into a window is attended to as a whole.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as functional
@@ -42,12 +48,23 @@ class DiTSettings(Settings):
     """Hidden width of the feed-forward layers over `width`."""
     local_width: int = Field(64, ge=8)
     """Channels of the convolutional features at the low-resolution grid."""
-    local_depth: int = Field(4, ge=0)
-    """Residual convolution blocks in the stem, and again in the head."""
+    stem_depth: int = Field(8, ge=0)
+    """Residual convolution blocks before the condition branch."""
+    head_depth: int = Field(12, ge=0)
+    """Residual convolution blocks after the noise branch."""
     patch: int = Field(4, ge=1)
     """Low-resolution pixels along a side of a token (times `scale` in the restored picture)."""
+    window: int = Field(8, ge=2, multiple_of=2)
+    """Tokens along a side of an attention window: `patch * window` low-resolution pixels, best the
+    side of a training crop."""
     scale: int = Field(4, ge=1)
     """Magnification."""
+    timesteps: Literal["decoupled", "summed"] = "decoupled"
+    """`decoupled`: an embedding of the level for the noise branch, one of the target for the
+    condition branch. `summed`, for comparison: their sum for both."""
+    branches: Literal["dual", "single"] = "dual"
+    """`dual`: two streams that meet in attention. `single`, for comparison: their tokens are added
+    at the input, and so are their modulations; half the blocks' weights."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> DiTSettings:
@@ -57,9 +74,17 @@ class DiTSettings(Settings):
 
 
 PRESETS = {
-    "teasr-xs": DiTSettings(width=48, depth=2, heads=3, local_width=16, local_depth=1),
+    "teasr-xs": DiTSettings(width=48, depth=2, heads=3, local_width=16, stem_depth=1, head_depth=1),
     "teasr-s": DiTSettings(),
-    "teasr-b": DiTSettings(width=640, depth=10, heads=10, mlp_ratio=4.0, local_width=128),
+    "teasr-b": DiTSettings(
+        width=640,
+        depth=10,
+        heads=10,
+        mlp_ratio=3.0,
+        local_width=128,
+        stem_depth=16,
+        head_depth=24,
+    ),
 }
 
 
@@ -111,7 +136,7 @@ class Branch(nn.Module):
 
 
 class DualBranchBlock(nn.Module):
-    """Joint attention over both streams, then a feed-forward layer in each.
+    """Joint attention over both streams (or over a single one), then a feed-forward layer in each.
 
     Modulation is one vector per branch and sample, not per token: a shared projection of the
     branch's timestep embedding plus this block's own offset (PixArt-alpha, arXiv 2310.00426,
@@ -125,20 +150,25 @@ class DualBranchBlock(nn.Module):
         hidden = int(settings.width * settings.mlp_ratio)
         head_width = settings.width // settings.heads
         self.noise = Branch(settings.width, hidden, head_width, updates=True)
-        # The output is read from the noise branch: the last block leaves the condition as it is.
-        self.condition = Branch(settings.width, hidden, head_width, updates=not last)
+        if settings.branches == "dual":
+            # The output is read from the noise branch: the last block leaves the condition alone.
+            self.condition = Branch(settings.width, hidden, head_width, updates=not last)
 
     def forward(
-        self, streams: tuple[Tensor, Tensor], modulations: tuple[Tensor, Tensor], rotary: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        branches = (self.noise, self.condition)
+        self,
+        streams: tuple[Tensor, ...],
+        modulations: tuple[Tensor, ...],
+        rotary: Tensor,
+        windows: Windows,
+    ) -> tuple[Tensor, ...]:
+        branches = (self.noise,) if len(streams) == 1 else (self.noise, self.condition)
         parts = [
             (shared[:, : len(branch.modulation)] + branch.modulation).unsqueeze(2).unbind(1)
             for branch, shared in zip(branches, modulations)
         ]
         queries, keys, values = [], [], []
         for branch, stream, (shift, scale, *_) in zip(branches, streams, parts):
-            projected = branch.qkv(self._modulate(stream, shift, scale))
+            projected = windows.split(branch.qkv(self._modulate(stream, shift, scale)))
             head_width = self.width // self.heads
             *query, key, value = projected.unflatten(2, (-1, self.heads, head_width)).unbind(2)
             if branch.updates:
@@ -148,12 +178,16 @@ class DualBranchBlock(nn.Module):
         query, key, value = (
             torch.cat(both, dim=1).transpose(1, 2) for both in (queries, keys, values)
         )
-        attended = functional.scaled_dot_product_attention(query, key, value)
-        mixed = attended.transpose(1, 2).flatten(2).chunk(len(queries), dim=1)
-        noise = self._update(self.noise, streams[0], mixed[0], parts[0])
-        if not self.condition.updates:
-            return noise, streams[1]
-        return noise, self._update(self.condition, streams[1], mixed[1], parts[1])
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=windows.mask(len(queries), len(keys), query)
+        )
+        mixed = [
+            windows.join(part)
+            for part in attended.transpose(1, 2).flatten(2).chunk(len(queries), dim=1)
+        ]
+        updated = map(self._update, branches, streams, mixed, parts)
+        # What is left over is a stream that nothing reads any more.
+        return (*updated, *streams[len(mixed) :])
 
     def _update(
         self, branch: Branch, stream: Tensor, mixed: Tensor, part: tuple[Tensor, ...]
@@ -164,6 +198,94 @@ class DualBranchBlock(nn.Module):
 
     def _modulate(self, stream: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return torch.addcmul(shift, functional.layer_norm(stream, (self.width,)), 1 + scale)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The division of a grid of tokens into attention windows.
+
+    Attributes:
+        rows, columns: of the grid; each a multiple of the window's side `height` or `width`.
+        shift: tokens by which the windows are moved down and right, along each axis that has more
+            than one window. What such windows cut off at one edge shares a window with what they
+            cut off at the other; the mask keeps them apart.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+    shift: int
+
+    @property
+    def _shifts(self) -> tuple[int, int]:
+        return (
+            self.shift if self.rows > self.height else 0,
+            self.shift if self.columns > self.width else 0,
+        )
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        return self.rows // self.height, self.height, self.columns // self.width, self.width
+
+    @property
+    def count(self) -> int:
+        """Windows in the grid."""
+        return (self.rows // self.height) * (self.columns // self.width)
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """(N, rows columns, C) -> (N count, height width, C)."""
+        if self.count == 1:
+            return tokens
+        down, across = self._shifts
+        grid = tokens.unflatten(1, (self.rows, self.columns))
+        if down or across:
+            grid = grid.roll((-down, -across), (1, 2))
+        parts = grid.unflatten(2, self._shape[2:]).unflatten(1, self._shape[:2])
+        return parts.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+    def join(self, parts: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        if self.count == 1:
+            return parts
+        down, across = self._shifts
+        high, height, wide, width = self._shape
+        grid = parts.unflatten(1, (height, width)).unflatten(0, (-1, high, wide))
+        grid = grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if down or across:
+            grid = grid.roll((down, across), (1, 2))
+        return grid.flatten(1, 2)
+
+    def mask(self, asking: int, streams: int, like: Tensor) -> Tensor | None:
+        """What attention adds to its scores, or None where every token may see every other.
+
+        Args:
+            asking: how many of the `streams` ask.
+            like: (N count, ...), the queries: gives number, type and device.
+
+        Returns:
+            (N count, 1, asking height width, streams height width), 0 or -inf.
+        """
+        if self.count == 1 or not any(self._shifts):
+            return None
+        mask = _window_mask(self, asking, streams, like.device, like.dtype)
+        return mask.repeat(len(like) // self.count, 1, 1, 1)
+
+
+@lru_cache(maxsize=32)
+def _window_mask(
+    windows: Windows, asking: int, streams: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(count, 1, asking height width, streams height width): tokens of one side of the picture's
+    edge see each other."""
+    down, across = windows._shifts
+    below = (torch.arange(windows.rows, device=device) < down)[:, None]
+    right = (torch.arange(windows.columns, device=device) < across)[None]
+    side = (2 * below + right).reshape(1, -1, 1)  # split() rolls, so these are what wraps around
+    side = windows.split(side).squeeze(2)
+    apart = side[:, :, None] != side[:, None, :]
+    mask = torch.zeros(apart.shape, device=device, dtype=dtype).masked_fill_(apart, -math.inf)
+    return mask.repeat(1, asking, streams)[:, None]
 
 
 def rotate(features: Tensor, rotary: Tensor) -> Tensor:
@@ -208,11 +330,48 @@ class LocalBlock(nn.Module):
         return features + self.second(functional.gelu(self.first(features), approximate="tanh"))
 
 
+class Magnifier(nn.Conv2d):
+    """(N, width, h, w) features -> (N, 3, scale h, scale w) residual, by a convolution whose
+    channels are the pixels of a cell.
+
+    Where features are even, all pixels of a cell get the same value, by construction: else a
+    perceptual loss is first lowered by drawing a grid. (Aitken et al. 2017, arXiv 1707.02937,
+    initialise so; here it holds throughout.)
+    """
+
+    def __init__(self, width: int, scale: int) -> None:
+        super().__init__(width, 3 * scale**2, 3, padding=1)
+        self.magnification = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        cells = (3, self.magnification**2)
+        assert self.bias is not None
+        weight, bias = self.weight.unflatten(0, cells), self.bias.unflatten(0, cells)
+        even = weight.sum((3, 4), keepdim=True)  # the response to features that do not vary
+        weight = weight - (even - even.mean(1, keepdim=True)) / 9
+        bias = bias.mean(1, keepdim=True).expand(cells)
+        pixels = functional.conv2d(features, weight.flatten(0, 1), bias.flatten(), padding=1)
+        return functional.pixel_shuffle(pixels, self.magnification)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a `DualBranchDiT` makes of low-resolution pictures, whatever the noise and its level.
+
+    Attributes:
+        bicubic: (N, 3, scale h, scale w) float32, the magnified pictures.
+        features: (N, local width, h', w') of the stem, extended to whole windows.
+    """
+
+    bicubic: Tensor
+    features: Tensor
+
+
 class DualBranchDiT(Backbone):
     """F(x_t, t, r | y) in pixel space (see the module's text).
 
     `condition` is the low-resolution picture (N, 3, h, w) in [-1, 1], its sides multiples of
-    `settings.patch`; x_t is (N, 3, scale * h, scale * w).
+    `settings.patch`, or what `prepare` made of it; x_t is (N, 3, scale * h, scale * w).
     """
 
     def __init__(self, settings: DiTSettings) -> None:
@@ -220,12 +379,13 @@ class DualBranchDiT(Backbone):
         self.settings = settings
         self.scale = settings.scale
         self.multiple = settings.patch
+        self.period = settings.patch * settings.window
         width, local, patch = settings.width, settings.local_width, settings.patch
         fine = 3 * settings.scale**2  # channels of x_t folded to the low-resolution grid
 
         self.stem = nn.Sequential(
             nn.Conv2d(3, local, 3, padding=1),
-            *(LocalBlock(local) for _ in range(settings.local_depth)),
+            *(LocalBlock(local) for _ in range(settings.stem_depth)),
         )
         self.condition_tokens = nn.Linear(local * patch**2, width)
         self.noise_tokens = nn.Linear(fine * patch**2, width)
@@ -236,12 +396,12 @@ class DualBranchDiT(Backbone):
         self.blocks = nn.ModuleList(
             DualBranchBlock(settings, last=i == settings.depth - 1) for i in range(settings.depth)
         )
-        self.output_tokens = nn.Linear(width, local * patch**2)
+        self.output_tokens = nn.Linear(width, local)
         self.fine_features = nn.Conv2d(fine, local, 1)
         self.fine_gain = nn.Linear(width, local)
         self.head = nn.Sequential(
-            *(LocalBlock(local) for _ in range(settings.local_depth)),
-            nn.Conv2d(local, fine, 3, padding=1),
+            *(LocalBlock(local) for _ in range(settings.head_depth)),
+            Magnifier(local, settings.scale),
         )
         self._initialise()
 
@@ -251,38 +411,64 @@ class DualBranchDiT(Backbone):
             nn.init.zeros_(linear.bias)
         for modulation in (self.level_modulation, self.target_modulation):
             nn.init.normal_(modulation.weight, std=0.02)
-        last = cast(nn.Conv2d, self.head[-1])
+        last = cast(Magnifier, self.head[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(cast(Tensor, last.bias))
 
-    def forward(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
-        settings, dtype = self.settings, self.dtype
-        bicubic = upsample(condition.float(), settings.scale)
-        rows, columns = (side // settings.patch for side in condition.shape[-2:])
+    def forward(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor | Prepared) -> Tensor:
+        prepared = condition if isinstance(condition, Prepared) else self.prepare(condition)
+        noisy = self._whole_windows(x_t, self.scale).to(self.dtype)
+        residual = self._residual(noisy, t, r, prepared.features)
+        residual = residual[..., : x_t.shape[-2], : x_t.shape[-1]]
+        return velocity_from_image(x_t.float(), prepared.bicubic + residual.float(), t)
 
-        local = self.stem(condition.to(dtype, memory_format=torch.channels_last))
-        fine = functional.pixel_unshuffle(x_t.to(dtype), settings.scale)
-        streams = (
+    def prepare(self, condition: Tensor) -> Prepared:
+        padded = self._whole_windows(condition, 1).to(self.dtype)
+        features = self.stem(padded.contiguous(memory_format=torch.channels_last))
+        return Prepared(upsample(condition.float(), self.scale), features)
+
+    def _whole_windows(self, image: Tensor, scale: int) -> Tensor:
+        """Repeat the last row and column until the grid is whole windows, or fits into one."""
+        low = [side // scale for side in image.shape[-2:]]
+        bottom, right = (-side % self.period if side > self.period else 0 for side in low)
+        if not bottom and not right:
+            return image
+        return functional.pad(image, (0, right * scale, 0, bottom * scale), mode="replicate")
+
+    def _residual(self, x_t: Tensor, t: Tensor, r: Tensor, local: Tensor) -> Tensor:
+        """(N, 3, scale h, scale w): the clean image less the bicubic picture."""
+        settings = self.settings
+        rows, columns = (side // settings.patch for side in local.shape[-2:])
+
+        fine = functional.pixel_unshuffle(x_t, settings.scale)
+        streams: tuple[Tensor, ...] = (
             self.noise_tokens(_to_tokens(fine, settings.patch)),
             self.condition_tokens(_to_tokens(local, settings.patch)),
         )
-        level = functional.silu(self.level_embedding(t.abs()))
-        target = functional.silu(self.target_embedding(r))
-        modulations = (
+        level, target = self.level_embedding(t.abs()), self.target_embedding(r)
+        if settings.timesteps == "summed":
+            level = target = level + target
+        level, target = functional.silu(level), functional.silu(target)
+        modulations: tuple[Tensor, ...] = (
             self.level_modulation(level).unflatten(1, (6, -1)),
             self.target_modulation(target).unflatten(1, (6, -1)),
         )
-        rotary = rotary_table(rows, columns, settings.width // settings.heads, x_t.device, dtype)
-        for block in self.blocks:
-            streams = block(streams, modulations, rotary)
+        if settings.branches == "single":
+            streams, modulations = (streams[0] + streams[1],), (modulations[0] + modulations[1],)
+        high, wide = min(rows, settings.window), min(columns, settings.window)
+        head_width = settings.width // settings.heads
+        rotary = rotary_table(high, wide, head_width, x_t.device, x_t.dtype)
+        for i, block in enumerate(self.blocks):
+            shift = settings.window // 2 * (i % 2)
+            windows = Windows(rows, columns, high, wide, shift)
+            streams = block(streams, modulations, rotary, windows)
 
         features = functional.layer_norm(streams[0], (settings.width,))
         features = _from_tokens(self.output_tokens(features), rows, columns, settings.patch)
         gain = self.fine_gain(level)[:, :, None, None]
         features = features + local + gain * self.fine_features(fine)
         features = features.contiguous(memory_format=torch.channels_last)
-        residual = functional.pixel_shuffle(self.head(features), settings.scale)
-        return velocity_from_image(x_t.float(), bicubic + residual.float(), t)
+        return cast(Tensor, self.head(features))
 
 
 def upsample(picture: Tensor, scale: int) -> Tensor:
@@ -299,6 +485,10 @@ def _to_tokens(features: Tensor, patch: int) -> Tensor:
 
 
 def _from_tokens(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """The inverse of `_to_tokens`."""
-    folded = tokens.transpose(1, 2).unflatten(2, (rows, columns))
-    return functional.pixel_shuffle(folded, patch)
+    """(N, rows columns, C) -> (N, C, patch rows, patch columns), bilinear between tokens.
+
+    Tokens say what kind of place this is, convolutions draw it. Were each token to draw its own
+    patch, a perceptual loss would first have it draw the patches' grid.
+    """
+    grid = tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    return functional.interpolate(grid, scale_factor=patch, mode="bilinear", align_corners=False)

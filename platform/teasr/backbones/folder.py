@@ -24,7 +24,7 @@ from teasr.errors import TeasrError, UsageError
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class ModelDescription(Settings):
@@ -80,7 +80,8 @@ def read_description(folder: Path) -> ModelDescription:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
         raise TeasrError(
-            f"{path} is of format {found}; this version of teasr reads format {FORMAT}."
+            f"{path} is of format {found}; this version of teasr reads format {FORMAT}.",
+            "Train the model again, or use the version of teasr that wrote it.",
         )
     return ModelDescription.from_mapping(data, str(path))
 
