@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Self
 
+import cv2
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
@@ -54,15 +55,37 @@ log = logging.getLogger(__name__)
 class FeedSettings(Settings):
     """What is cut out of the photographs and how it is degraded."""
 
-    preset: str = "teasr"
-    """Degradation preset, or a YAML file."""
+    preset: str | dict[str, float] = "teasr"
+    """Degradation preset, or a YAML file; a mapping of such to their shares mixes them."""
     crop: int = Field(96, ge=16)
     """Side of an HR crop in pixels, a multiple of 16; the LR crop is a quarter of it."""
     crops_per_photo: int = Field(16, ge=1)
     """Crops taken each time a photograph is decoded; best a multiple of the batch or a part of it,
     see `block_size`."""
+    candidates: int = Field(1, ge=1, le=64)
+    """Places drawn for each crop; the one with the most detail is taken. Skies and walls teach
+    little, and every crop costs the trainer the same."""
     seed: int = Field(0, ge=0)
     """Seed of order, crops and degradations."""
+
+    @field_validator("preset")
+    @classmethod
+    def _shares(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+        if isinstance(value, dict) and not (value and min(value.values()) > 0):
+            raise ValueError("shares above 0 of at least one preset are expected")
+        return value
+
+    @property
+    def presets(self) -> dict[str, float]:
+        """Presets and their shares, which sum to 1."""
+        shares = {self.preset: 1.0} if isinstance(self.preset, str) else self.preset
+        total = sum(shares.values())
+        return {name: share / total for name, share in shares.items()}
+
+    @property
+    def main_preset(self) -> str:
+        """The preset with the largest share: what a benchmark of the same kind is made with."""
+        return max(self.presets, key=lambda name: self.presets[name])
 
     @field_validator("crop")
     @classmethod
@@ -202,7 +225,7 @@ def training_pass(
     return TrainingPass(
         data=data,
         shards=manifest.shards,
-        degradation=load_preset(settings.preset),
+        degradations=tuple(load_preset(name) for name in settings.presets),
         settings=settings,
         first=first,
         skipped=skipped,
@@ -296,7 +319,7 @@ class TrainingPass:
 
     data: str
     shards: tuple[ShardInfo, ...]
-    degradation: DegradationSettings
+    degradations: tuple[DegradationSettings, ...]
     settings: FeedSettings
     first: int
     skipped: int
@@ -318,7 +341,7 @@ class TrainingPass:
         skipped = self.skipped if number == self.first else 0
         hr = np.empty((len(slots), side, side, 3), np.uint8)
         lr = np.empty((len(slots), side // SCALE, side // SCALE, 3), np.uint8)
-        cut = _Cut(self.settings, self.degradation)
+        cut = _Cut(self.settings, self.degradations)
         for photo, key, rgb in self._photographs(shard):
             for i in range(crops):
                 there = place_of[photo * crops + i]
@@ -382,22 +405,39 @@ class TrainingPass:
 class _Cut:
     """Cuts a crop out of a photograph and degrades it; both drawn from the sample's seed."""
 
-    def __init__(self, settings: FeedSettings, degradation: DegradationSettings) -> None:
+    def __init__(
+        self, settings: FeedSettings, degradations: tuple[DegradationSettings, ...]
+    ) -> None:
         # Here, since they import torch: the processes that only deal out blocks have no use for it.
         import albumentations as A
 
         from teasr.degradation import RealESRGAN
 
         self._seed = settings.seed
-        self._preset = degradation.name
+        self._candidates = settings.candidates
         self._place = A.Compose([A.RandomCrop(settings.crop, settings.crop), A.D4(p=1.0)])
-        self._degrade = A.Compose([RealESRGAN(degradation)])
+        self._names = [degradation.name for degradation in degradations]
+        self._bounds = np.cumsum(list(settings.presets.values()))[:-1]
+        self._degrade = [A.Compose([RealESRGAN(degradation)]) for degradation in degradations]
 
     def __call__(self, photo: Bytes, key: str, variant: int) -> tuple[Bytes, Bytes]:
         self._place.set_random_seed(sample_seed(self._seed, "place", key, variant))
-        self._degrade.set_random_seed(sample_seed(self._seed, self._preset, key, variant))
-        hr = np.ascontiguousarray(self._place(image=photo)["image"])
-        return hr, self._degrade(image=hr)["image"]
+        crops = [self._place(image=photo)["image"] for _ in range(self._candidates)]
+        hr = np.ascontiguousarray(max(crops, key=_detail) if len(crops) > 1 else crops[0])
+        which = 0
+        if len(self._names) > 1:
+            draw = np.random.default_rng(sample_seed(self._seed, "preset", key, variant)).random()
+            which = int(np.searchsorted(self._bounds, draw, side="right"))
+        degrade = self._degrade[which]
+        degrade.set_random_seed(sample_seed(self._seed, self._names[which], key, variant))
+        return hr, degrade(image=hr)["image"]
+
+
+def _detail(picture: Bytes) -> float:
+    """Mean step between neighbouring means of 2x2 pixels: less moved by noise than by structure."""
+    side = picture.shape[0] // 2
+    small = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA).astype(np.int16)
+    return float(np.abs(np.diff(small, axis=0)).mean() + np.abs(np.diff(small, axis=1)).mean())
 
 
 def _row_bytes(settings: FeedSettings) -> int:

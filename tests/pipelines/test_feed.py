@@ -249,3 +249,49 @@ def test_unknown_preset_and_missing_dataset_are_told(data: str, tmp_path: Path) 
         feed(data, FeedSettings(preset="tease"), batch=4)
     with pytest.raises(UsageError, match="ingest"):
         feed(str(tmp_path), SETTINGS, batch=4)
+
+
+def _plain(data: str, passes: int, **changes: object) -> list[Pair]:
+    make = training_pass(data, SETTINGS.model_copy(update=changes))
+    return [
+        pair
+        for number in range(passes)
+        for block in make({"pass": np.array([number])})
+        for pair in _pairs(block)
+    ]
+
+
+def test_a_mixture_degrades_each_crop_as_one_of_its_presets_would(data: str) -> None:
+    mixture = {"teasr": 3.0, "realesrgan": 1.0}
+    mixed = _plain(data, 60, preset=mixture)
+    light, heavy = (_plain(data, 60, preset=name) for name in mixture)
+    heavier = [pair == second for pair, second in zip(mixed, heavy)]
+    assert all(
+        pair == (second if is_heavy else first)
+        for pair, first, second, is_heavy in zip(mixed, light, heavy, heavier)
+    )
+    # 400 draws of 1/4: four standard deviations are 0.087.
+    assert len(mixed) == 400 and sum(heavier) / 400 == pytest.approx(0.25, abs=0.087)
+
+
+def test_of_several_candidates_the_most_detailed_is_taken(data: str) -> None:
+    def detail(pair: Pair) -> float:
+        grey = np.frombuffer(pair[1], np.uint8).reshape(16, 2, 16, 2, 3).mean((1, 3))
+        return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
+
+    one, four = (_plain(data, 9, candidates=count) for count in (1, 4))
+    gains = np.array([detail(b) - detail(a) for a, b in zip(one, four)])
+    # The first candidate is the crop that is taken without the others; means are rounded to levels.
+    assert gains.min() > -0.6 and gains.max() > 0.6 and gains.mean() > 0
+
+
+@pytest.mark.parametrize("preset", [{}, {"teasr": 0.0}, {"teasr": 1.0, "realesrgan": -1.0}])
+def test_shares_of_presets_must_be_above_0(preset: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=r"preset.*shares above 0"):
+        FeedSettings.from_mapping({"preset": preset}, "recipe.yaml")
+
+
+def test_a_benchmark_is_made_with_the_preset_of_the_largest_share() -> None:
+    settings = FeedSettings(preset={"realesrgan": 1, "teasr": 3})
+    assert settings.presets == {"realesrgan": 0.25, "teasr": 0.75}
+    assert settings.main_preset == "teasr" and FeedSettings().main_preset == "teasr"
