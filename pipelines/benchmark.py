@@ -22,25 +22,30 @@ from numpy.typing import NDArray
 
 from pipelines.runtime import ensure_ray, quiet_ray_data
 from teasr.backbones import DualBranchDiT, load_backbone
+from teasr.dists import Dists
 from teasr.errors import TeasrError
-from teasr.evaluation import BICUBIC, Evaluation, system_name
+from teasr.evaluation import BICUBIC, DEFAULT_METRICS, Evaluation, system_name
 from teasr.images import bicubic_upsample, decode, encode
 from teasr.lpips import Lpips
 from teasr.metrics import Scores, score
+from teasr.no_reference import PYIQA, Measure, measure
 from teasr.restoration import RestorationSettings, restore
 from teasr.shards import Manifest, join_url, read_manifest, read_shard
 
 Bytes = NDArray[np.uint8]
 
+SMALLEST = 19
+"""Pixels a side that PSNR and SSIM need: a window of 11 inside a border of 4."""
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One picture by every system, for picture sheets: uint8 RGB arrays."""
+    """One picture by every system, to look at: PNG files, so that many of them fit in memory."""
 
     key: str
-    lr: Bytes
-    restored: dict[str, Bytes]
-    hr: Bytes
+    lr: bytes
+    restored: dict[str, bytes]
+    hr: bytes
 
 
 @dataclass
@@ -57,8 +62,10 @@ def benchmark(
     *,
     steps: Sequence[int] = (1, 4),
     settings: RestorationSettings | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
     lpips_weights: Path | None = None,
-    pictures: int = 4,
+    dists_weights: Path | None = None,
+    pictures: int | None = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchmarkResult:
     """Restore every LR picture of `pairs` by bicubic and by the model, and score it against HR.
@@ -68,18 +75,28 @@ def benchmark(
         pairs: URL of a pair dataset.
         steps: numbers of sampling steps to measure.
         settings: how to restore; `steps` is overridden.
-        lpips_weights: file of LPIPS weights; None leaves that metric unmeasured.
-        pictures: how many comparisons to return, spread over the dataset.
+        metrics: names in `teasr.evaluation.METRICS`; PSNR and SSIM are measured in any case.
+        lpips_weights, dists_weights: files; None leaves that metric unmeasured.
+        pictures: how many comparisons to return, spread over the dataset; None for all.
         progress: called as (pictures done, pictures).
 
     Raises:
         UsageError: when there is no pair dataset or no model.
-        TeasrError: when a shard is damaged, or there is no pair to measure on.
+        TeasrError: when a shard or a file of weights is damaged, or there is no pair to measure on,
+            or one is too small.
     """
     manifest = read_manifest(pairs, kind="pairs")
-    load_backbone(model)  # a wrong model is told here, not by a task
+    measures = _Measures(
+        lpips_weights if "lpips" in metrics else None,
+        dists_weights if "dists" in metrics else None,
+        tuple(name for name in ("niqe", *PYIQA) if name in metrics),
+    )
+    # What is wrong with a model is told here, not by a task.
+    load_backbone(model)
+    measures.load()
     ensure_ray()
-    chosen = {round(i * (manifest.samples - 1) / max(pictures - 1, 1)) for i in range(pictures)}
+    count = manifest.samples if pictures is None else min(pictures, manifest.samples)
+    chosen = {round(i * (manifest.samples - 1) / max(count - 1, 1)) for i in range(count)}
     with quiet_ray_data():
         rows = ray.data.from_items(
             [
@@ -96,7 +113,7 @@ def benchmark(
                     model,
                     tuple(steps),
                     settings or RestorationSettings(),
-                    lpips_weights,
+                    measures,
                     frozenset(chosen),
                 ),
                 num_cpus=1,
@@ -104,6 +121,12 @@ def benchmark(
         )
         results: list[dict[str, Any]] = []
         for row in scored.iter_rows():
+            if size := json.loads(row["figures"]).get("too_small"):
+                raise TeasrError(
+                    f"The pair '{row['key']}' of {pairs} has {size} HR pixels; {SMALLEST} or more "
+                    "a side can be measured.",
+                    "Make the benchmark of larger pictures (teasr ingest --min-side).",
+                )
             results.append(row)
             if progress:
                 progress(len(results), manifest.samples)
@@ -134,22 +157,37 @@ def _read(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
+class _Measures:
+    """What is measured beside PSNR and SSIM; travels to Ray's tasks by name."""
+
+    lpips: Path | None
+    dists: Path | None
+    no_reference: tuple[str, ...]
+
+    def load(self) -> tuple[Lpips | None, Dists | None, dict[str, Measure]]:
+        """The networks, loaded once per process."""
+        return _measures_of_this_process(self)
+
+
+@dataclass(frozen=True)
 class _Scorer:
     """Scores one pair by every system; travels to Ray's tasks."""
 
     model: Path
     steps: tuple[int, ...]
     settings: RestorationSettings
-    lpips: Path | None
+    measures: _Measures
     shown: frozenset[int]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         hr, lr = decode(row["hr"]).rgb, decode(row["lr"]).rgb
-        lpips = _lpips_of_this_process(self.lpips) if self.lpips else None
+        if min(hr.shape[:2]) < SMALLEST:
+            # Told by the caller: an error of a task arrives wrapped in Ray's.
+            return {**row, "figures": json.dumps({"too_small": f"{hr.shape[1]} x {hr.shape[0]}"})}
         figures: dict[str, Any] = {}
         pictures: dict[str, bytes] = {}
         for system, restored, seconds in self._systems(lr):
-            scores = score(restored, hr, lpips)
+            scores = score(restored, hr, *self.measures.load())
             figures[system] = {"scores": vars(scores), "seconds": seconds}
             pictures[system] = encode(restored) if row["index"] in self.shown else b""
         megapixels = hr.shape[0] * hr.shape[1] / 1e6
@@ -175,8 +213,14 @@ def _network_of_this_process(model: Path) -> DualBranchDiT:
 
 
 @lru_cache(maxsize=1)
-def _lpips_of_this_process(weights: Path) -> Lpips:
-    return Lpips.load(weights)
+def _measures_of_this_process(
+    measures: _Measures,
+) -> tuple[Lpips | None, Dists | None, dict[str, Measure]]:
+    return (
+        Lpips.load(measures.lpips) if measures.lpips else None,
+        Dists.load(measures.dists) if measures.dists else None,
+        {name: measure(name) for name in measures.no_reference},
+    )
 
 
 def _collect(benchmark: str, rows: list[dict[str, Any]]) -> Evaluation:
@@ -194,10 +238,5 @@ def _collect(benchmark: str, rows: list[dict[str, Any]]) -> Evaluation:
 
 
 def _comparison(row: dict[str, Any]) -> Comparison:
-    systems = json.loads(row["figures"])["systems"]
-    return Comparison(
-        key=row["key"],
-        lr=decode(row["lr"]).rgb,
-        restored={system: decode(row[system]).rgb for system in systems},
-        hr=decode(row["hr"]).rgb,
-    )
+    restored = {system: row[system] for system in json.loads(row["figures"])["systems"]}
+    return Comparison(row["key"], row["lr"], restored, row["hr"])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from teasr.errors import TeasrError, UsageError
-from teasr.lpips import Lpips, find_weights
+from teasr.lpips import Lpips, convolutions, find_weights
 from teasr.metrics import score
 
 NETWORKS = ["alex", "vgg"]
@@ -137,6 +139,11 @@ def test_smallest_picture(network: str, smallest: int) -> None:
     assert torch.isfinite(lpips(picture, picture + 0.5)).all()
     with pytest.raises(ValueError, match=f"needs {smallest} pixels"):
         lpips(picture[..., 1:], picture[..., 1:])
+    assert lpips.smallest == smallest
+    for side, measured in ((max(smallest, 19), True), (smallest - 1, False)):
+        if side >= 19:  # that PSNR and SSIM need
+            pixels = np.zeros((side, 40, 3), np.uint8)
+            assert (score(pixels, pixels, lpips).lpips is not None) == measured
     with pytest.raises(ValueError, match="one shape"):
         lpips(picture, picture[..., 1:])
 
@@ -200,6 +207,47 @@ def test_find_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_weights("alex", str(file)) == file
     with pytest.raises(UsageError, match=r"lpips_vgg\.safetensors"):
         find_weights("vgg", explicit)
+
+
+def test_heads_alone_take_torchvisions_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for torchvision, with the layers of its AlexNet and weights in its cache."""
+    plan = [(3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1)]
+    plan += [(384, 256, 3, 1, 1), (256, 256, 3, 1, 1)]
+
+    def alexnet() -> SimpleNamespace:
+        layers: list[nn.Module] = []
+        for index, (before, width, *numbers) in enumerate(plan):
+            layers += [nn.Conv2d(before, width, *numbers), nn.ReLU()]
+            layers += [nn.MaxPool2d(3, 2)] if index in (0, 1, 4) else []
+        return SimpleNamespace(features=nn.Sequential(*layers))
+
+    module = ModuleType("torchvision")
+    address = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url="https://host/alexnet-1.pth"))
+    module.models = SimpleNamespace(  # type: ignore[attr-defined]
+        alexnet=alexnet, AlexNet_Weights=address
+    )
+    with pytest.raises(UsageError, match=r"lack AlexNet's convolutions.*not installed"):
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+        convolutions("alex")
+    monkeypatch.setitem(sys.modules, "torchvision", module)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    heads = {f"lin{i}.weight": torch.rand(1, row[1], 1, 1) for i, row in enumerate(plan)}
+    path = tmp_path / "heads.safetensors"
+    save_file(heads, path)
+    with pytest.raises(UsageError, match=r"none at .*alexnet-1\.pth.*alexnet\(weights="):
+        Lpips.load(path)
+
+    (tmp_path / "checkpoints").mkdir()
+    features = alexnet().features
+    state = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
+    torch.save(state, tmp_path / "checkpoints" / "alexnet-1.pth")
+    lpips, picture = Lpips.load(path), torch.rand(1, 3, 64, 64)
+    assert lpips.network == "alex"
+    first = F.conv2d(picture, lpips.kernels[0], lpips.biases[0], stride=4, padding=2)
+    torch.testing.assert_close(first, features[0](picture))
+    assert len(lpips.kernels) == 5 and torch.equal(lpips.kernels[4], features[10].weight)
 
 
 @pytest.mark.skipif(not os.environ.get("TEASR_LPIPS"), reason="TEASR_LPIPS names no weights")

@@ -86,9 +86,16 @@ def test_ssim_of_equal_pictures_is_one_and_of_inverted_ones_is_negative() -> Non
 def test_score_reports_a_missing_lpips_as_missing() -> None:
     restored, original = noise(5), noise(6)
     scores = score(restored, original)
-    assert scores.lpips is None
+    assert scores.lpips is scores.dists is scores.niqe is scores.musiq is None
     assert scores.psnr_y == psnr_y(restored, original)
     assert scores.ssim_y == ssim_y(restored, original)
+
+
+def test_score_asks_the_measures_that_need_no_original() -> None:
+    restored, original = noise(5), noise(6)
+    asked = {"niqe": lambda rgb: float(rgb[0, 0, 0]), "musiq": lambda rgb: None}
+    scores = score(restored, original, no_reference=asked)
+    assert scores.niqe == restored[0, 0, 0] and scores.musiq is None
 
 
 def test_bootstrap_interval_covers_the_true_mean() -> None:
@@ -118,6 +125,15 @@ def test_bootstrap_depends_on_the_seed_alone() -> None:
     values = noise(9).ravel()[:40].tolist()
     assert bootstrap_interval(values, 1) == bootstrap_interval(values, 1)
     assert bootstrap_interval(values, 1) != bootstrap_interval(values, 2)
+
+
+def test_bootstrap_draws_are_the_same_in_parts() -> None:
+    """Resamples drawn one by one, as the percentile bootstrap is defined."""
+    values = np.random.default_rng(11).normal(30, 2, 300)
+    generator = np.random.default_rng(5)
+    means = [values[generator.integers(300, size=300)].mean() for _ in range(4000)]
+    found = bootstrap_interval(values.tolist(), 5, draws=4000)
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-9)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.inf], [math.nan]])

@@ -10,17 +10,32 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from teasr.errors import TeasrError
-from teasr.metrics import Scores
+from teasr.metrics import Scores, bootstrap_interval
 
 BICUBIC = "bicubic"
-METRICS = {"psnr_y": "higher", "ssim_y": "higher", "lpips": "lower"}
+METRICS = {
+    "psnr_y": "higher",
+    "ssim_y": "higher",
+    "lpips": "lower",
+    "dists": "lower",
+    "niqe": "lower",
+    "musiq": "higher",
+    "maniqa": "higher",
+    "clipiqa": "higher",
+}
 """Metrics by name, and which way is better."""
+DEFAULT_METRICS = ("psnr_y", "ssim_y", "lpips", "dists", "niqe")
+"""What is measured when nothing else is asked for; the others want the package pyiqa."""
+CONFIDENCE = 0.95
+DRAWS = 10_000
+"""Resamples of the pictures that an interval is of."""
 
 
 def system_name(steps: int) -> str:
@@ -60,8 +75,23 @@ class Evaluation:
         values = self.values(system, metric)
         return statistics.fmean(values) if values else None
 
+    def interval(self, system: str, metric: str) -> tuple[float, float] | None:
+        """95% bootstrap interval of the mean: how far it would move with other pictures like these.
+
+        Equal values give equal intervals. None when the metric was not measured, for fewer than
+        two pictures, and where a value is infinite.
+        """
+        values = self.values(system, metric)
+        if len(values) < 2 or not all(map(math.isfinite, values)):
+            return None
+        return bootstrap_interval(values, 0, CONFIDENCE, DRAWS)
+
+    def measured(self) -> list[str]:
+        """The metrics that every picture has by at least one system."""
+        return [name for name in METRICS if any(self.values(s, name) for s in self.scores)]
+
     def to_json(self) -> str:
-        """Everything, readable back by `from_json`."""
+        """Everything, readable back by `from_json`; and the intervals, which follow from it."""
         scores = {
             system: {key: vars(score) for key, score in pictures.items()}
             for system, pictures in self.scores.items()
@@ -69,13 +99,21 @@ class Evaluation:
         document = {
             "benchmark": self.benchmark,
             "seconds_per_megapixel": self.seconds_per_megapixel,
+            "intervals": {
+                system: {
+                    name: interval
+                    for name in METRICS
+                    if (interval := self.interval(system, name)) is not None
+                }
+                for system in self.scores
+            },
             "scores": scores,
         }
         return json.dumps(document, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`. A metric that the document does not name was not measured.
 
         Raises:
             TeasrError: when the text is not an evaluation.
@@ -91,13 +129,15 @@ class Evaluation:
             raise TeasrError("This is not an evaluation written by teasr.") from None
 
     def to_csv(self) -> str:
-        """One line per picture and system, for spreadsheets."""
+        """One line per picture and system, for spreadsheets; a metric not measured is empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["picture", "system", *METRICS])
+        measured = self.measured()
+        metrics = [name for name in METRICS if name in DEFAULT_METRICS or name in measured]
+        writer.writerow(["picture", "system", *metrics])
         for system, pictures in self.scores.items():
             for key, scores in pictures.items():
-                writer.writerow([key, system, *(_cell(getattr(scores, name)) for name in METRICS)])
+                writer.writerow([key, system, *(_cell(getattr(scores, name)) for name in metrics)])
         return text.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""A page to look at a dataset: its pictures, what was done to them, and plots, in one file.
+"""Pages to look at a dataset, or at what systems made of pictures; each is one file.
 
 Everything is inline and nothing is fetched: a content security policy in the page holds it to that.
 Text that comes from a dataset is escaped.
@@ -35,6 +35,38 @@ class Card:
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """A table of figures.
+
+    Attributes:
+        headings: names of the columns, after the system's.
+        rows: by system, a text per column; lines after its first are set small.
+    """
+
+    headings: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene by several systems.
+
+    Attributes:
+        key: its name.
+        size: width and height that every picture of it has, pixels.
+        pictures: by name, encoded, PNG or JPEG.
+        figures: of this scene.
+        note: what is shown of it, such as the cut.
+    """
+
+    key: str
+    size: tuple[int, int]
+    pictures: Mapping[str, bytes]
+    figures: Figures
+    note: str = ""
+
+
 def page(
     title: str,
     facts: Mapping[str, str],
@@ -51,7 +83,6 @@ def page(
         plots: under their headings; empty plots are left out.
         about_plots: what the plots are of and how to read them.
     """
-    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(facts[name])}</dd>" for name in facts)
     pairs = any(card.lr for card in cards)
     hint = (
         "Move over a picture, or drag, to compare: LR at the left, HR at the right. "
@@ -67,18 +98,107 @@ def page(
         else ""
     )
     links = ' · <a href="#plots">distributions</a>' if groups else ""
+    body = (
+        f'<h2 id="samples">Samples</h2><p class="hint">{hint}</p>'
+        f'<main class="{"pairs" if pairs else "pictures"}">'
+        f"{''.join(_card(card) for card in cards)}</main>{distributions}"
+    )
+    return _document(title, facts, f'<a href="#samples">samples</a>{links}', body)
+
+
+def comparison_page(
+    title: str,
+    facts: Mapping[str, str],
+    figures: Figures,
+    about_figures: str,
+    scenes: Sequence[Scene],
+    about_scenes: str,
+    shown: tuple[str, str],
+) -> str:
+    """The figures of systems, and their pictures of each scene under a slider, as HTML text.
+
+    Args:
+        title: heading.
+        facts: name and value of what is known of the measurement.
+        figures: of all scenes.
+        about_figures, about_scenes: what is seen and how to read it.
+        scenes: in order, all with pictures of the same names; none leaves the section out.
+        shown: names of the pictures at the left and at the right at first; buttons choose others.
+    """
+    body = (
+        f'<h2 id="figures">Figures</h2>{_table(figures)}<p class="hint">{_text(about_figures)}</p>'
+    )
+    if scenes:
+        body += (
+            f'<h2 id="pictures">Pictures</h2><p class="hint">{_text(about_scenes)}</p>'
+            f"{_choice(list(scenes[0].pictures), shown)}"
+            f'<main class="scenes">{"".join(_scene(scene, shown) for scene in scenes)}</main>'
+        )
+    return _document(title, facts, "", body)
+
+
+def _document(title: str, facts: Mapping[str, str], links: str, body: str) -> str:
+    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(facts[name])}</dd>" for name in facts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{_text(title)}</title><style>{_CSS}{PLOT_CSS}</style></head><body>"
-        f'<header><h1>{_text(title)}</h1><p class="links"><a href="#samples">samples</a>{links}</p>'
-        f"<dl>{rows}</dl></header>"
-        f'<h2 id="samples">Samples</h2><p class="hint">{hint}</p>'
-        f'<main class="{"pairs" if pairs else "pictures"}">'
-        f"{''.join(_card(card) for card in cards)}</main>"
-        f"{distributions}<script>{_SCRIPT}</script></body></html>\n"
+        f'<header><h1>{_text(title)}</h1><p class="links">{links}</p><dl>{rows}</dl></header>'
+        f"{body}<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _table(figures: Figures) -> str:
+    headings = "".join(f"<th>{_text(heading)}</th>" for heading in ("", *figures.headings))
+    rows = "".join(
+        f"<tr><th>{_text(system)}</th>{''.join(_cell(text) for text in texts)}</tr>"
+        for system, texts in figures.rows.items()
+    )
+    return f'<div class="table"><table><tr>{headings}</tr>{rows}</table></div>'
+
+
+def _cell(text: str) -> str:
+    first, *others = text.splitlines() or [""]
+    small = "".join(f"<small>{_text(line)}</small>" for line in others)
+    return f"<td>{_text(first)}{small}</td>"
+
+
+def _choice(names: Sequence[str], shown: tuple[str, str]) -> str:
+    groups = ""
+    for side, at_first in zip(("left", "right"), shown):
+        buttons = "".join(
+            f'<button data-side="{side}" value="{_text(name)}" '
+            f'aria-pressed="{str(name == at_first).lower()}">{_text(name)}</button>'
+            for name in names
+        )
+        groups += f'<span role="group" aria-label="{side}"><b>{side}</b>{buttons}</span>'
+    return f'<nav class="choice">{groups}</nav>'
+
+
+def _scene(scene: Scene, shown: tuple[str, str]) -> str:
+    width, height = scene.size
+    enlarged = max(1, 512 // max(width, height))
+    key, (left, right) = _text(scene.key), shown
+    images = "".join(
+        _image(
+            data,
+            f"{key}: {_text(name)}",
+            " ".join(side for side, at in (("on-left", left), ("on-right", right)) if at == name),
+            name,
+        )
+        for name, data in scene.pictures.items()
+    )
+    note = f'<p class="note">{_text(scene.note)}</p>' if scene.note else ""
+    return (
+        f'<article class="scene"><div class="view compare stack{" large" * (enlarged > 1)}" '
+        f'style="width:{width * enlarged}px;aspect-ratio:{width}/{height}">{images}'
+        f'<i class="rule"></i><b class="tag left">{_text(left)}</b>'
+        f'<b class="tag right">{_text(right)}</b>'
+        f'<input type="range" min="0" max="100" value="50" step="any" '
+        f'aria-label="share of {key} that shows the left picture"></div>'
+        f'<div class="about"><h3>{key}</h3>{note}{_table(scene.figures)}</div></article>'
     )
 
 
@@ -118,10 +238,11 @@ def _group(name: str, plots: Sequence[Plot]) -> str:
     return f'<section><h3>{_text(name)}</h3><div class="plots">{figures}</div></section>'
 
 
-def _image(data: bytes, name: str, kind: str = "") -> str:
+def _image(data: bytes, name: str, kind: str = "", system: str = "") -> str:
     media = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
     text = base64.b64encode(data).decode()
-    return f'<img class="{kind}" alt="{name}" src="data:{media};base64,{text}">'
+    whose = f' data-system="{_text(system)}"' if system else ""
+    return f'<img class="{kind}" alt="{name}"{whose} src="data:{media};base64,{text}">'
 
 
 def _text(text: str) -> str:
@@ -138,6 +259,17 @@ for (const view of document.querySelectorAll('.compare')) {
     const box = view.getBoundingClientRect();
     range.value = 100 * (event.clientX - box.left) / box.width;
     show();
+  });
+}
+for (const button of document.querySelectorAll('.choice button')) {
+  const side = button.dataset.side;
+  button.addEventListener('click', () => {
+    for (const other of document.querySelectorAll(`.choice [data-side=${side}]`))
+      other.setAttribute('aria-pressed', other === button);
+    for (const image of document.querySelectorAll('.stack img'))
+      image.classList.toggle(`on-${side}`, image.dataset.system === button.value);
+    for (const tag of document.querySelectorAll(`.stack .${side}`))
+      tag.textContent = button.value;
   });
 }
 """
@@ -181,6 +313,27 @@ body:has(#smooth:checked) .compare .lr { image-rendering: auto; }
 .compare input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
   cursor: ew-resize; }
 .compare:focus-within { outline: 2px solid var(--bar-hover); }
+.choice { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: 6px 28px;
+  padding: 8px 0; background: var(--paper); }
+.choice b { margin-right: 8px; font-weight: 600; color: var(--faint); }
+.choice button { font: inherit; color: inherit; background: var(--card); padding: 2px 11px;
+  border: 1px solid var(--edge); margin: 0 -1px 0 0; cursor: pointer; }
+.choice b + button { border-radius: 6px 0 0 6px; }
+.choice button:last-child { border-radius: 0 6px 6px 0; }
+.choice button[aria-pressed=true] { background: var(--bar); border-color: var(--bar); color: #111; }
+.scenes { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 16px; }
+.scene { width: min-content; min-width: min(340px, 100%); max-width: 100%; }
+.scene .view { max-width: 100%; }
+.stack img { visibility: hidden; } .stack .on-left, .stack .on-right { visibility: visible; }
+.stack .on-left:not(.on-right) { z-index: 1; clip-path: inset(0 calc(100% - var(--at)) 0 0); }
+.stack .rule, .stack .tag, .stack input { z-index: 2; } .large img { image-rendering: pixelated; }
+.table { overflow-x: auto; } table { border-collapse: collapse; margin: 8px 0 10px; }
+th, td { padding: 4px 14px; text-align: right; border-bottom: 1px solid var(--edge);
+  font-weight: normal; vertical-align: top; font-variant-numeric: tabular-nums; }
+tr:first-child th { color: var(--faint); font-size: 12px; } tr th:first-child { text-align: left;
+  padding-left: 2px; white-space: nowrap; }
+td small { display: block; color: var(--faint); font-size: 11px; white-space: nowrap; }
+.about table { font-size: 12px; margin-bottom: 0; } .about th, .about td { padding: 2px 7px; }
 section h3 { margin: 18px 0 8px; font-size: 15px; }
 .plots { columns: 270px; column-gap: 12px; }
 figure { padding: 9px 10px 7px; margin-bottom: 12px; break-inside: avoid; }

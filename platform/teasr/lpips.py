@@ -7,14 +7,17 @@ averaged over positions:
     d(x, y) = sum_l mean_hw sum_c w_lc (x^_lhwc - y^_lhwc)^2
 
 Weights come from a safetensors file with `conv{i}.weight`, `conv{i}.bias` and `lin{i}.weight`.
+Where torchvision and its ImageNet weights are at hand, the `lin{i}.weight` alone will do.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, Self
 
 import numpy as np
@@ -87,12 +90,19 @@ class Lpips(nn.Module):
 
         Raises:
             TeasrError: when the file cannot be read or does not hold the tensors.
+            UsageError: when it holds the heads alone and torchvision has no convolutions.
         """
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise TeasrError(f"Cannot read LPIPS weights from {path}: {error}.") from None
+        weights = read_weights(path, "LPIPS")
+        if set(weights) == {f"lin{i}.weight" for i in range(5)}:
+            # The second tap has 192 channels in AlexNet, 128 in VGG16.
+            network: Network = "alex" if weights["lin1.weight"].numel() == 192 else "vgg"
+            weights |= convolutions(network)
         return cls(weights, dtype, str(path))
+
+    @property
+    def smallest(self) -> int:
+        """Pixels that a picture needs a side."""
+        return self.layout.smallest
 
     def forward(self, restored: Tensor, original: Tensor) -> Tensor:
         """Distances (N,), float32, 0 for equal pictures.
@@ -155,19 +165,79 @@ def find_weights(network: Network, path: str | Path | None = None) -> Path | Non
     Raises:
         UsageError: when `path` is given and holds no such file.
     """
-    name = f"lpips_{network}.safetensors"
+    return find_file(f"lpips_{network}.safetensors", path, "TEASR_LPIPS", "LPIPS")
+
+
+def find_file(name: str, path: str | Path | None, variable: str, metric: str) -> Path | None:
+    """The weights file `name` of `metric` at `path`, else in the folder that `variable` names.
+
+    Raises:
+        UsageError: when `path` is given and holds no such file.
+    """
     if path is not None:
         given = Path(path)
         found = given / name if given.is_dir() else given
         if not found.is_file():
             raise UsageError(
-                f"No LPIPS weights at {found}.", f"Give the file or the folder that holds {name}."
+                f"No {metric} weights at {found}.",
+                f"Give the file or the folder that holds {name}.",
             )
         return found
-    folder = os.environ.get("TEASR_LPIPS")
+    folder = os.environ.get(variable)
     if folder and (Path(folder) / name).is_file():
         return Path(folder) / name
     return None
+
+
+def read_weights(path: str | Path, metric: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        TeasrError: when the file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TeasrError(f"Cannot read {metric} weights from {path}: {error}.") from None
+
+
+def convolutions(network: Network, torchvision: ModuleType | None = None) -> dict[str, Tensor]:
+    """`conv{i}.weight` and `conv{i}.bias` of torchvision's ImageNet network, from its cache.
+
+    Nothing is downloaded, and its file is read as tensors alone.
+
+    Args:
+        torchvision: the module; None imports it.
+
+    Raises:
+        UsageError: when torchvision is not installed or has not cached the weights.
+    """
+    model, weights = {"alex": ("alexnet", "AlexNet"), "vgg": ("vgg16", "VGG16")}[network]
+    try:
+        models = (torchvision or importlib.import_module("torchvision")).models
+    except ImportError:
+        raise UsageError(
+            f"The weights lack {weights}'s convolutions, and torchvision, which has them, is not "
+            "installed.",
+            "Give a file that holds conv{i}.weight and conv{i}.bias, or: pip install torchvision",
+        ) from None
+    address: str = getattr(models, f"{weights}_Weights").IMAGENET1K_V1.url
+    file = Path(torch.hub.get_dir(), "checkpoints", address.rpartition("/")[2])
+    if not file.is_file():
+        raise UsageError(
+            f"The weights lack {weights}'s convolutions, and torchvision has none at {file}.",
+            'Once, with a network: python -c "import torchvision; '
+            f"torchvision.models.{model}(weights='IMAGENET1K_V1')\"",
+        )
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    with torch.device("meta"):  # the layout alone: no second set of weights is made
+        features = getattr(models, model)().features
+    found = [name for name, layer in features.named_children() if isinstance(layer, nn.Conv2d)]
+    return {
+        f"conv{index}.{kind}": tensors[f"features.{name}.{kind}"]
+        for index, name in enumerate(found)
+        for kind in ("weight", "bias")
+    }
 
 
 def _frozen(tensors: list[Tensor], dtype: torch.dtype) -> nn.ParameterList:

@@ -1,4 +1,4 @@
-"""Full-reference figures by the field's conventions, and how far they can be trusted.
+"""Figures of a picture by the field's conventions, and how far they can be trusted.
 
 Pictures are uint8 (H, W, 3) RGB. PSNR and SSIM are taken on the luma channel with a border cut off,
 as in the published tables; the border equals the scale, 4.
@@ -7,7 +7,7 @@ as in the published tables; the border equals the scale, 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from teasr.dists import Dists
     from teasr.lpips import Lpips
 
 Bytes = NDArray[np.uint8]
@@ -27,17 +28,24 @@ _SIGMA = 1.5
 
 @dataclass
 class Scores:
-    """Figures of one restored picture.
+    """Figures of one restored picture; None is not measured.
 
     Attributes:
         psnr_y: dB, higher is better; `inf` for equal pictures.
         ssim_y: at most 1, higher is better.
-        lpips: distance, lower is better; None when no LPIPS weights were given.
+        lpips, dists: distances from the original, lower is better.
+        niqe: of the restored picture alone, as all that follow; lower is better.
+        musiq, maniqa, clipiqa: by pyiqa, higher is better.
     """
 
     psnr_y: float
     ssim_y: float
-    lpips: float | None
+    lpips: float | None = None
+    dists: float | None = None
+    niqe: float | None = None
+    musiq: float | None = None
+    maniqa: float | None = None
+    clipiqa: float | None = None
 
 
 @dataclass
@@ -99,12 +107,30 @@ def ssim_y(restored: Bytes, original: Bytes, border: int = 4) -> float:
     return float(similarity.mean())
 
 
-def score(restored: Bytes, original: Bytes, lpips: Lpips | None = None) -> Scores:
-    """All figures of one picture; LPIPS is taken on RGB and without cutting a border."""
+def score(
+    restored: Bytes,
+    original: Bytes,
+    lpips: Lpips | None = None,
+    dists: Dists | None = None,
+    no_reference: Mapping[str, Callable[[Bytes], float | None]] | None = None,
+) -> Scores:
+    """All figures of one picture; LPIPS and DISTS are taken on RGB and without cutting a border.
+
+    Args:
+        lpips, dists: None leaves the metric unmeasured, as does a picture too small for LPIPS.
+        no_reference: by field of `Scores`, what gives the figure of `restored` alone.
+
+    Raises:
+        ValueError: as `psnr_y` and `ssim_y`.
+    """
+    if lpips is not None and min(restored.shape[:2]) < lpips.smallest:
+        lpips = None
     return Scores(
         psnr_y=psnr_y(restored, original),
         ssim_y=ssim_y(restored, original),
         lpips=None if lpips is None else lpips.distance(restored, original),
+        dists=None if dists is None else dists.distance(restored, original),
+        **{name: measure(restored) for name, measure in (no_reference or {}).items()},
     )
 
 
@@ -123,10 +149,14 @@ def bootstrap_interval(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence lies between 0 and 1, not {confidence}")
     generator = np.random.default_rng(seed)
-    # One draw at a time: all of them at once would hold draws x values numbers.
-    means = [
-        numbers[generator.integers(numbers.size, size=numbers.size)].mean() for _ in range(draws)
-    ]
+    # In parts: all draws at once would hold draws x values numbers.
+    part = max(1, 1_000_000 // numbers.size)
+    means = np.concatenate(
+        [
+            numbers[generator.integers(numbers.size, size=(size, numbers.size))].mean(axis=1)
+            for size in (min(part, draws - start) for start in range(0, draws, part))
+        ]
+    )
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -8,7 +8,8 @@
 `import basicsr` needs a torchvision of years ago, so the three modules that hold the operators are
 loaded one by one from the source distribution. pip fetches that, against the hash in
 `requirements.txt`, into the folder `TEASR_BASICSR` or pytest's cache; a copy laid there by hand
-serves a machine without a network. Nothing of it is installed, unpacked or kept in the repository.
+serves a machine without a network. Nothing of it is installed or kept in the repository. The metric
+NIQE comes the same way (`load_niqe`).
 """
 
 from __future__ import annotations
@@ -128,16 +129,50 @@ def load() -> BasicSR:
         )
 
 
-def _module(archive: tarfile.TarFile, path: str) -> ModuleType:
-    """The module at `path` of the package, run from the archive."""
+def load_niqe(unpacked: Path) -> ModuleType:
+    """`basicsr.metrics.niqe`, with its parameters unpacked into the folder `unpacked`.
+
+    Raises:
+        UnavailableError: when pip cannot get it.
+        ValueError: when the file is not the one that `requirements.txt` names.
+    """
+    import scipy.ndimage
+
+    filters = ModuleType("scipy.ndimage.filters")  # gone from SciPy's later releases
+    filters.convolve = scipy.ndimage.convolve  # type: ignore[attr-defined]
+    with tarfile.open(fetch(folder())) as archive:
+        colours = _module(archive, "utils/color_util.py")
+        modules = {
+            filters.__name__: filters,
+            "basicsr": ModuleType("basicsr"),
+            "basicsr.utils": colours,
+            "basicsr.utils.matlab_functions": _module(archive, "utils/matlab_functions.py"),
+            "basicsr.utils.registry": _module(archive, "utils/registry.py"),
+        }
+        with mock.patch.dict(sys.modules, modules):
+            util = _module(archive, "metrics/metric_util.py")
+            sys.modules["basicsr.metrics.metric_util"] = util
+            module = _module(archive, "metrics/niqe.py")
+        name = "metrics/niqe_pris_params.npz"
+        (unpacked / Path(name).name).write_bytes(_read(archive, name))
+    module.__file__ = str(unpacked / "niqe.py")  # it looks for its parameters beside itself
+    return module
+
+
+def _read(archive: tarfile.TarFile, path: str) -> bytes:
     file = archive.extractfile(f"{ARCHIVE.removesuffix('.tar.gz')}/basicsr/{path}")
     assert file is not None
+    return file.read()
+
+
+def _module(archive: tarfile.TarFile, path: str) -> ModuleType:
+    """The module at `path` of the package, run from the archive."""
     module = ModuleType(f"reference_{Path(path).stem}")
     gone = ModuleType("torchvision.transforms.functional_tensor")
     gone.rgb_to_grayscale = _rgb_to_grayscale  # type: ignore[attr-defined]
     # On import it sets NumPy's error handling for the whole process: `errstate` takes that back.
     with mock.patch.dict(sys.modules, {gone.__name__: gone}), np.errstate():
-        exec(compile(file.read(), path, "exec"), vars(module))
+        exec(compile(_read(archive, path), path, "exec"), vars(module))
     return module
 
 
