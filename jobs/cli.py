@@ -269,22 +269,85 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", help="Pair dataset, from teasr synthesize.")],
     steps: Annotated[str, typer.Option(help="Numbers of sampling steps.")] = "1,4",
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("evaluation"),
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="What is measured; psnr_y and ssim_y always are. With the package pyiqa also "
+            "musiq,maniqa,clipiqa."
+        ),
+    ] = "psnr_y,ssim_y,lpips,dists,niqe",
     lpips: Annotated[
         str | None, typer.Option(help="LPIPS weights [default: $TEASR_LPIPS].")
     ] = None,
+    dists: Annotated[
+        str | None, typer.Option(help="DISTS weights [default: $TEASR_DISTS].")
+    ] = None,
+    pictures: Annotated[
+        str, typer.Option(metavar="N|all", help="Pictures on the page, worst first.")
+    ] = "4",
     home: Home = None,
 ) -> None:
-    """Measure a model on a benchmark: table, per-image CSV, picture sheet."""
+    """Measure a model on a benchmark: table with intervals, per-image CSV, sheet and page."""
     _home(home)
+    from jobs.evaluate import checked_metrics, table
     from jobs.evaluate import evaluate as run
-    from jobs.evaluate import table
     from teasr import registry
 
-    counts = _numbers(steps)
-    result = run(registry.resolve(model), data, out, steps=counts, lpips=lpips)
-    console.print(table(result.evaluation, registry.describe(model)))
-    say(f"figures and sheet in {out}")
+    counts, chosen, shown = _numbers(steps), checked_metrics(metrics), _pictures(pictures)
+    label = registry.describe(model)
+    result = run(
+        registry.resolve(model),
+        data,
+        out,
+        steps=counts,
+        metrics=chosen,
+        lpips=lpips,
+        dists=dists,
+        pictures=shown,
+        title=label,
+    )
+    console.print(table(result.evaluation, label))
+    say(f"figures and pictures in {out}", f"to look at: {result.page}")
     suggest(f"teasr restore {model} IN OUT --steps 1")
+
+
+@app.command()
+def ablate(
+    data: Annotated[str, typer.Option("--data", help="HR dataset, from teasr ingest.")],
+    pairs: Annotated[str, typer.Option("--pairs", help="Pair dataset to measure on.")],
+    out: Annotated[Path, typer.Option(help="Folder for runs, figures and the table.")],
+    only: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Variants, full among them [default: all].")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of each variant.")] = "0",
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes of training per variant and seed.", min=0.01)
+    ] = None,
+    start_minutes: Annotated[
+        float | None, typer.Option(help="Minutes of training of what all start from.", min=0.01)
+    ] = None,
+    overrides: Overrides = None,
+    home: Home = None,
+    dry_run: DryRun = False,
+) -> None:
+    """What each part of the method is worth: variants at one budget. Rerun to go on, or to add."""
+    _home(home)
+    from jobs import ablate as job
+
+    budget = job.Budget(data, pairs, minutes, start_minutes, tuple(overrides or []))
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    numbers = _numbers(seeds, "--seeds")
+    folder = out.expanduser().absolute()
+    if dry_run:
+        for one in job.plan(budget, folder, names, numbers):
+            training = one.recipe.training
+            length = f"{training.minutes:g} min" if training.minutes else f"{training.steps} steps"
+            say(f"{one.name}: {length} from {one.recipe.init}")
+        say(f"would train and measure these in {folder}; what is finished there is kept")
+        return
+    outcomes = job.ablate(budget, folder, names, numbers)
+    say(f"{len(outcomes)} trainings measured: {folder / job.MARKDOWN_FILE}, {job.CSV_FILE}")
+    suggest(f"cat {folder / job.MARKDOWN_FILE}")
 
 
 @app.command()
@@ -416,8 +479,16 @@ def restore(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A picture, or a folder.")],
     steps: Steps = 1,
     seed: Seed = 0,
-    tile: Annotated[int, typer.Option(help="Side of a tile in LR pixels.", min=8)] = 32,
-    colour: Annotated[str, typer.Option(help="none, or wavelet: take the colours of IN.")] = "none",
+    tile: Annotated[
+        int, typer.Option(help="Longest side of a tile in LR pixels; less takes less memory.")
+    ] = 384,
+    colour: Annotated[
+        str,
+        typer.Option(
+            help="none, or what is taken from IN: wavelet, the lowest frequencies; adain, each "
+            "channel's mean and deviation."
+        ),
+    ] = "none",
     overwrite: Annotated[bool, typer.Option(help="Replace an OUT that exists.")] = False,
     home: Home = None,
 ) -> None:
@@ -477,7 +548,7 @@ def _restore_one(folder: Path, source: Path, target: Path, settings, format: str
             picture,
             settings,
             format,
-            progress=lambda done, total: update(done / total, f"{done} of {total} rows of tiles"),
+            progress=lambda done, total: update(done / total, f"{done} of {total} tiles"),
         )
     write_bytes(str(target.absolute()), restored)
     height, width = (side * 4 for side in picture.rgb.shape[:2])
@@ -537,11 +608,20 @@ def _home(given: Path | None) -> Path:
     return Path(os.environ.get("TEASR_HOME") or "teasr-home").expanduser().absolute()
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str = "--steps") -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--steps {text}: whole numbers such as 1,2,4 are expected.") from None
+        raise UsageError(f"{option} {text}: whole numbers such as 1,2,4 are expected.") from None
+
+
+def _pictures(text: str) -> int | None:
+    """A count; None for all."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--pictures {text}: a number from 0, or all, is expected.")
+    return int(text)
 
 
 def _shrink(text: str) -> float | str:

@@ -31,7 +31,7 @@ from pipelines.runtime import ensure_ray, quiet_ray_data
 from teasr import registry, tracking
 from teasr.errors import TeasrError, UsageError
 from teasr.lpips import find_weights
-from teasr.shards import content_hash, read_manifest, write_bytes
+from teasr.shards import absolute_url, content_hash, read_manifest, write_bytes
 
 EXPERIMENT = "teasr"
 RUN_FILE = "run.json"
@@ -78,6 +78,9 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
     if run["finished"]:
         return Distilled(run["run_id"], model, run["position"], reused=True)
 
+    # Workers have another working folder.
+    lpips = recipe.lpips and str(Path(recipe.lpips).absolute())
+    recipe = recipe.model_copy(update={"data": absolute_url(recipe.data), "lpips": lpips})
     trainer = TorchTrainer(
         train,
         train_loop_config={

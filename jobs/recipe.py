@@ -1,7 +1,8 @@
 """Recipes: everything a distillation is made of, in one typed YAML file.
 
 Each section's settings are declared beside the code that uses them. A recipe is given by path or by
-the name of one that ships with the package.
+the name of one that ships with the package. `extends: NAME` lays a recipe over another one beside
+it, section by section.
 """
 
 from __future__ import annotations
@@ -107,6 +108,16 @@ class Recipe(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
 
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _shape(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:  # here, so that an error names the field of this form and not of the other
+            return DiTSettings.from_mapping(value, "backbone")
+        except UsageError as error:
+            raise ValueError(str(error).removeprefix("backbone: ").rstrip(".")) from None
+
     @field_validator("backbone")
     @classmethod
     def _known_backbone(cls, value: str | DiTSettings) -> str | DiTSettings:
@@ -119,14 +130,27 @@ class Recipe(Settings):
         """The network's shape."""
         return PRESETS[self.backbone] if isinstance(self.backbone, str) else self.backbone
 
+    @model_validator(mode="after")
+    def _teacher_knows(self) -> Recipe:
+        if self.objective.teacher and self.init == "scratch":
+            raise ValueError(
+                "objective.teacher needs trained weights to start from, the teacher's; set init"
+            )
+        return self
+
 
 def recipe_names() -> list[str]:
     """Recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Iterable[str] = (), **fixed: Any) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: Iterable[str] = (), *, beneath: Iterable[str] = (), **fixed: Any
+) -> Recipe:
     """A recipe by path or shipped name, with `key=value` overrides and `fixed` top-level fields.
+
+    Args:
+        beneath: overrides of what the recipe extends, which its own values lie over.
 
     Raises:
         UsageError: an unknown recipe, or a wrong field, named.
@@ -139,5 +163,37 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = (), **fixed: Any) 
             f"There is no recipe '{name_or_path}'.",
             f"Give a YAML file or one of: {', '.join(recipe_names())}.",
         )
-    data = apply_overrides({**read_yaml(path), **fixed}, overrides)
+    data = apply_overrides({**_read(path, beneath), **fixed}, overrides)
     return Recipe.from_mapping(data, str(path))
+
+
+def _read(path: Path, beneath: Iterable[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in `path`, laid over that of the recipe it extends."""
+    data = read_yaml(path)
+    name = data.pop("extends", None)
+    if name is None:
+        return apply_overrides(data, beneath)
+    base = path.parent / f"{name}.yaml"
+    if base in (path, *above) or not base.is_file():
+        others = sorted(other.stem for other in path.parent.glob("*.yaml") if other != path)
+        problem = "leads back to itself" if base.is_file() else "is not there"
+        raise UsageError(
+            f"{path}: 'extends': {base} {problem}.", f"Beside it are: {', '.join(others)}."
+        )
+    return _laid_over(_read(base, beneath, (path, *above)), data, str(path))
+
+
+def _laid_over(base: dict[str, Any], data: dict[str, Any], source: str) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in data.items():
+        below = base.get(key)
+        if not isinstance(value, dict) or below is None:
+            result[key] = value
+        elif isinstance(below, dict):
+            result[key] = _laid_over(below, value, source)
+        else:
+            raise UsageError(
+                f"{source}: '{key}' is a section here, and the value {below!r} in what it extends.",
+                f"Write {key} out as a section there too.",
+            )
+    return result

@@ -118,6 +118,7 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
         )
         if result.sheet.is_file():
             client.log_artifact(trained["run_id"], str(result.sheet))
+        client.log_artifact(trained["run_id"], str(result.page))
         one, cubic = (result.evaluation.mean(name, "psnr_y") for name in (system_name(1), BICUBIC))
         return {"summary": f"{one:.2f} dB at 1 step, bicubic {cubic:.2f} dB"}
 
@@ -184,14 +185,14 @@ def _ingest(steps: Steps, recipe: Recipe, data: Path, held_out: Path, pairs: Pat
         made = synthesize(
             str(held_out),
             str(pairs),
-            preset=recipe.feed.preset,
+            preset=recipe.feed.main_preset,
             copies=recipe.evaluation.copies,
             seed=recipe.feed.seed,
             crop=recipe.evaluation.crop,
         )
         return {"summary": f"{made.samples} pairs of the photographs kept"}
 
-    settings = {"preset": recipe.feed.preset, "evaluation": recipe.evaluation.model_dump()}
+    settings = {"preset": recipe.feed.main_preset, "evaluation": recipe.evaluation.model_dump()}
     steps.run("benchmark", {**settings, "source": _fingerprint(str(held_out))}, degrade)
 
 

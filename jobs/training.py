@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,7 +27,8 @@ from torch import Tensor
 
 from jobs.recipe import Recipe, TrainingSettings
 from pipelines.feed import FeedPosition, LockStep, block_size
-from teasr.backbones import DualBranchDiT, load_backbone, save_backbone
+from teasr.backbones import Backbone, DualBranchDiT, load_backbone, save_backbone
+from teasr.dmd import TeacherStudent, judges, student_weights
 from teasr.engine import Engine
 from teasr.errors import TeasrError
 from teasr.lpips import Lpips, find_weights
@@ -52,6 +55,8 @@ class Position:
     """Training time spent, over interruptions."""
     bad_steps: int = 0
     """Steps left out because a loss was not finite."""
+    peak_mb: float = 0.0
+    """Most memory that rank 0 has had: allocated on a GPU, else resident in its process."""
 
     def share_of(self, training: TrainingSettings) -> float:
         """Share of the run that is done, in [0, 1]."""
@@ -70,10 +75,16 @@ def train(config: Mapping[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     _set_threads(training, context.get_local_world_size())
 
-    engine = Engine(_network(recipe, config["init"]), recipe.engine, training.batch)
+    network: Backbone = _network(recipe, config["init"])
+    if recipe.objective.teacher:
+        network = TeacherStudent(network)
+    engine = Engine(network, recipe.engine, training.batch)
     objective = Objective(recipe.objective, _lpips(recipe, engine.device, engine.settings.dtype))
     agree = partial(_agree, workers=workers, device=engine.device)
-    target_network = engine.averaged_network if recipe.engine.ema_decay > 0 else None
+    others: dict[str, Any] = {
+        "target_network": engine.averaged_network if recipe.engine.ema_decay > 0 else None,
+        **(judges(engine.network) if recipe.objective.teacher else {}),
+    }
     position = Position()
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -109,9 +120,7 @@ def train(config: Mapping[str, Any]) -> None:
         lock_step.check(batch["number"])
         hr, lr = (_to_network(batch[name], engine.device) for name in ("hr", "lr"))
         generator = _generator(training.seed, position.samples, rank)
-        losses = objective(
-            engine.network, hr, lr, generator, progress=progress, target_network=target_network
-        )
+        losses = objective(engine.network, hr, lr, generator, progress=progress, **others)
         norm = None
         if agree(float(losses.is_finite())) == 1:
             norm = engine.step(losses.total, progress)
@@ -125,9 +134,11 @@ def train(config: Mapping[str, Any]) -> None:
 
         now = time.monotonic()
         position.seconds = before + now - started
+        position.peak_mb = max(position.peak_mb, _peak_memory(engine.device))
         if logger and norm is not None and position.steps % training.log_every == 0:
             values = window.take()
             values["learning_rate"] = engine.settings.learning_rate_at(progress)
+            values["memory/peak_mb"] = position.peak_mb
             logger.log(position.steps, values)
             _write_progress(Path(config["folder"]), position, progress, values)
         if agree(float(now - saved > 60 * training.checkpoint_minutes)) == 1:
@@ -164,6 +175,14 @@ def _set_threads(training: TrainingSettings, local_workers: int) -> None:
     # One core is left to the feed: matrix products that wait for a core are slower than on fewer.
     free = max(1, ((os.cpu_count() or 1) - 1) // local_workers)
     torch.set_num_threads(training.threads or free)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Most megabytes so far, see `Position.peak_mb`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _to_network(pictures: Tensor, device: torch.device) -> Tensor:
@@ -236,6 +255,8 @@ def _report(engine: Engine, position: Position, recipe: Recipe) -> None:
         folder = Path(temporary)
         engine.save(folder, vars(position))
         weights = engine.state_dict()
+        if recipe.objective.teacher:
+            weights = student_weights(weights)
         if ray.train.get_context().get_world_rank() == 0:
             assert recipe.data is not None
             manifest = read_manifest(recipe.data, kind="hr")

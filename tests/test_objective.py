@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -11,33 +12,32 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from teasr.backbones import PRESETS, DualBranchDiT
 from teasr.backbones.base import Velocity
+from teasr.errors import UsageError
 from teasr.lpips import Lpips
 from teasr.objective import (
+    TERMS,
     Losses,
     Objective,
     ObjectiveSettings,
+    Rows,
     draw_times,
     interpolate,
     mean_square,
     one_step_image,
     pixel_weight,
-    rcgm_integral,
+    rcgm_integrals,
     rcgm_target,
     rectification_target,
     rectification_weight,
+    step_back,
 )
 
 N, SIDE = 6, 4
-WEIGHTS = (
-    "any_step",
-    "end_to_end",
-    "flow_matching",
-    "self_adversarial",
-    "rectification",
-    "pixel_mse",
-    "pixel_lpips",
-)
+WITHOUT_LPIPS = TERMS[:-1]
+ALL: dict[str, object] = {"pixel_l1": 1.0}
+"""What the defaults leave out."""
 
 
 def column(values: Tensor) -> Tensor:
@@ -127,15 +127,31 @@ def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
     return x.clamp(-1, 1), condition
 
 
-def run(network: Velocity, seed: int = 5, progress: float = 1.0, **settings: object) -> Losses:
+def run(
+    network: Velocity,
+    seed: int = 5,
+    progress: float = 1.0,
+    others: dict[str, Velocity] | None = None,
+    **settings: object,
+) -> Losses:
     x, condition = batch()
     generator = torch.Generator().manual_seed(seed)
-    objective = Objective(ObjectiveSettings.model_validate(settings))
-    return objective(network, x, condition, generator, progress=progress)
+    objective = Objective(ObjectiveSettings.model_validate(ALL | settings))
+    return objective(network, x, condition, generator, progress=progress, **(others or {}))
 
 
 def only(**weights: float) -> dict[str, float]:
-    return dict.fromkeys(WEIGHTS, 0.0) | weights
+    return dict.fromkeys(TERMS, 0.0) | weights
+
+
+def rcgm_integral(
+    network: Velocity, x_m: Tensor, t_m: Tensor, r: Tensor, condition: Tensor, order: int
+) -> Tensor:
+    def evaluate(groups: Sequence[Rows]) -> list[Tensor]:
+        return [network(rows.x_t, rows.t, rows.r, condition) for rows in groups]
+
+    (integral,), _ = rcgm_integrals(evaluate, [Rows(x_m, t_m, r)], order)
+    return integral
 
 
 def uniform(seed: int, count: int = 500) -> Tensor:
@@ -174,10 +190,11 @@ def consistency(
     network: Velocity, x: Tensor, z: Tensor, t: Tensor, r: Tensor, step: float, order: int
 ) -> Tensor:
     """The residual e = F - target of the recursion, by the module's functions."""
-    t_m = torch.maximum(t - step, r)
     x_t, v = interpolate(x, z, t), z - x
-    x_m = x_t - column(t - t_m) * v
-    integral = rcgm_integral(network, x_m, t_m, r, x, order)
+    start = step_back(Rows(x_t, t, r), v, step)
+    t_m = start.t
+    assert torch.equal(t_m, torch.maximum(t - step, r))
+    integral = rcgm_integral(network, start.x_t, t_m, r, x, order)
     prediction = network(x_t, t, r, x)
     return prediction - rcgm_target(prediction, v, integral, t, t_m, r)
 
@@ -361,14 +378,61 @@ def test_fake_time_range_is_refused_at_the_boundaries(bounds: tuple[float, float
         ObjectiveSettings(fake_time_range=bounds)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, -0.1) for name in TERMS),
+        *(("pixel_floor", value) for value in (-0.1, 1.1)),
+        *(("pure_noise_share", value) for value in (-0.1, 1.1)),
+        *(("self_adversarial_after", value) for value in (-0.1, 1.1)),
+        *(("pixel_lpips_after", value) for value in (-0.1, 1.1)),
+        *(("consistency_step", value) for value in (0.0, 0.6)),
+        ("consistency_order", 0),
+        ("rectification_bound", 0.0),
+        ("passes", "both"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"'{field}'"):
+        ObjectiveSettings.from_mapping({field: value}, "recipe")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        only(),
+        only(any_step=1.0) | {"self_adversarial_after": 0.1},
+        only(pixel_lpips=1.0) | {"pixel_lpips_after": 0.1},
+    ],
+)
+def test_a_start_without_any_term_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="nothing is trained at the start"):
+        ObjectiveSettings.model_validate(settings)
+
+
+def test_lpips_alone_without_its_weights_is_refused() -> None:
+    settings = ObjectiveSettings.model_validate(only(pixel_lpips=1.0))
+    with pytest.raises(UsageError, match="no LPIPS weights"):
+        Objective(settings)
+    assert Objective(settings, tiny_lpips()).lpips is not None
+
+
+@pytest.mark.parametrize("missing", ["self_adversarial", "rectification"])
+def test_a_teacher_without_its_terms_is_refused(missing: str) -> None:
+    with pytest.raises(ValidationError, match="teacher needs"):
+        ObjectiveSettings.model_validate({"teacher": True, missing: 0.0})
+
+
 # ----------------------------------------------------------------------------------- the whole step
 
 
 def test_the_exact_solution_is_a_fixed_point_of_every_term() -> None:
     """Data are one point and the network is exact: no term has anything to say."""
     x = torch.full((N, 3, SIDE, SIDE), 0.3, dtype=torch.float64)
-    losses = Objective(ObjectiveSettings())(PointFlow(0.3), x, x, torch.Generator().manual_seed(0))
-    assert set(losses.terms) == set(WEIGHTS) - {"pixel_lpips"}
+    losses = Objective(ObjectiveSettings(pixel_l1=1.0))(
+        PointFlow(0.3), x, x, torch.Generator().manual_seed(0)
+    )
+    assert set(losses.terms) == set(WITHOUT_LPIPS)
     for name, values in losses.terms.items():
         assert float(values.max()) < 1e-9, name
 
@@ -376,15 +440,17 @@ def test_the_exact_solution_is_a_fixed_point_of_every_term() -> None:
 def test_twin_trajectory_is_asked_at_negative_times_on_exactly_the_fakes() -> None:
     recorder = Recorder(Smooth())
     losses = run(recorder, fake_time_range=(0.3, 0.6))
-    first, second, rows, twin, real = recorder.calls
-    assert [call.gradient for call in recorder.calls] == [False, False, True, True, False]
-    for call in (first, second, rows, real):
+    rows, first, second, twin = recorder.calls
+    assert [call.gradient for call in recorder.calls] == [True, False, False, True]
+    for call in (rows, first, second):
         assert bool((call.t >= 0).all()) and bool((call.r >= 0).all())
         assert bool((call.r <= call.t).all())
     assert bool((twin.t <= -0.3).all()) and bool((twin.t >= -0.6).all())
     assert torch.equal(twin.r, twin.t)
-    assert torch.equal(real.t, -twin.t) and torch.equal(real.r, real.t)
-    assert torch.equal(real.x_t, twin.x_t)
+    # The real velocity is of the same points, and shares a pass with the first Euler step.
+    real = slice(2 * N, 3 * N)
+    assert torch.equal(first.t[real], -twin.t) and torch.equal(first.r[real], -twin.t)
+    assert torch.equal(first.x_t[real], twin.x_t)
     # The fakes are the end-to-end rows' one-step images, noised afresh to |t|.
     assert not rows.r[N : 2 * N].any()
     x_hat = one_step_image(rows.x_t, rows.output, rows.t)[N : 2 * N]
@@ -399,23 +465,28 @@ def test_twin_trajectory_is_asked_at_negative_times_on_exactly_the_fakes() -> No
             both = torch.stack([one.flatten(), other.flatten()])
             assert abs(float(torch.corrcoef(both)[0, 1])) < 0.2
     conditions = [call.condition for call in recorder.calls]
-    assert [len(c) for c in conditions] == [2 * N, 2 * N, 3 * N, N, N]
+    assert [len(c) for c in conditions] == [3 * N, 3 * N, 2 * N, N]
     assert all(torch.equal(chunk, batch()[1]) for c in conditions for chunk in c.split(N))
 
 
 def reference(calls: list[Call], settings: ObjectiveSettings, network: Velocity) -> Tensor:
-    """The total written out from the equations, targets and fakes held at the recorded values."""
+    """The total written out from the equations, targets and fakes held at the recorded values.
+
+    Args:
+        calls: of a step with every term (their times and noise do not depend on the weights).
+        settings: whose weights count.
+    """
     x, _ = batch()
-    first, second, rows = calls[:3]
+    rows, first, second, twin = calls
     t, r, prediction, x_t = rows.t.double(), rows.r.double(), rows.output, rows.x_t
     now = network(x_t, rows.t, rows.r, rows.condition)
-    any_end, flow = slice(0, 2 * N), slice(2 * N, 3 * N)
+    any_end, end, flow = slice(0, 2 * N), slice(N, 2 * N), slice(2 * N, 3 * N)
 
-    t_m, middle = first.t.double(), second.t.double()
+    t_m, middle = first.t.double()[any_end], second.t.double()
     t_ae, r_ae = t[any_end], r[any_end]
     gap = column(t_ae - t_m)
-    v = (x_t[any_end] - first.x_t) / gap
-    integral = column(t_m - middle) * first.output + column(middle - r_ae) * second.output
+    v = (x_t[any_end] - first.x_t[any_end]) / gap
+    integral = column(t_m - middle) * first.output[any_end] + column(middle - r_ae) * second.output
     residual = (column(t_ae - r_ae) * prediction[any_end] - integral) / gap - v
     target = prediction[any_end] - residual.clamp(-1, 1)
     target = torch.where(column(t_m <= r_ae), v, target)
@@ -426,114 +497,275 @@ def reference(calls: list[Call], settings: ObjectiveSettings, network: Velocity)
     v_flow = (x_t[flow] - x) / column(t[flow])
     total = total + settings.flow_matching * (now[flow] - v_flow).square().mean()
 
-    end_t, end = t[N : 2 * N], now[N : 2 * N]
-    x_hat = x_t[N : 2 * N] - column(end_t) * end
+    x_hat = x_t[end] - column(t[end]) * now[end]
     pixels = (x_hat - x).square().flatten(1).mean(1)
-    total = total + settings.pixel_mse * ((1 - end_t) * pixels).mean()
-    if len(calls) > 3:
-        twin, real = calls[3:]
-        fixed = x_t[N : 2 * N] - column(end_t) * prediction[N : 2 * N]
-        level = column(twin.t.abs().double())
-        v_twin = (twin.x_t - fixed) / level
-        error = network(twin.x_t, twin.t, twin.r, twin.condition) - v_twin
-        total = total + settings.self_adversarial * error.square().mean()
-        difference = twin.output - real.output
-        aim = prediction[N : 2 * N] - difference
-        weight = end_t / difference.abs().flatten(1).mean(1).clamp(min=0.1)
-        moved = (end - aim).square().flatten(1).mean(1)
-        total = total + settings.rectification * (weight * moved).mean()
-    return total
+    total = total + settings.pixel_mse * ((1 - t[end]) * pixels).mean()
+    absolute = (x_hat - x).abs().flatten(1).mean(1)
+    total = total + settings.pixel_l1 * ((1 - t[end]) * absolute).mean()
+
+    fixed = x_t[end] - column(t[end]) * prediction[end]
+    v_twin = (twin.x_t - fixed) / column(twin.t.abs().double())
+    error = network(twin.x_t, twin.t, twin.r, twin.condition) - v_twin
+    total = total + settings.self_adversarial * error.square().mean()
+    difference = twin.output - first.output[2 * N :]
+    aim = prediction[end] - difference
+    weight = t[end] / difference.abs().flatten(1).mean(1).clamp(min=0.1)
+    moved = (now[end] - aim).square().flatten(1).mean(1)
+    return total + settings.rectification * (weight * moved).mean()
 
 
-@pytest.mark.parametrize("term", [*WEIGHTS[:-1], "all"])
+def slopes(parameters: list[Tensor], value: Callable[[], Tensor], h: float = 1e-5) -> list[float]:
+    """Finite differences of `value` along three directions; see `slopes_of_gradient`."""
+    result = []
+    for ways in directions(parameters):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, way in zip(parameters, ways):
+                    p.add_(way, alpha=sign * h)
+                values.append(float(value()))
+                for p, way in zip(parameters, ways):
+                    p.sub_(way, alpha=sign * h)
+        result.append((values[0] - values[1]) / (2 * h))
+    return result
+
+
+def slopes_of_gradient(parameters: list[Tensor]) -> list[float]:
+    return [
+        sum(float((p.grad * way).sum()) for p, way in zip(parameters, ways) if p.grad is not None)
+        for ways in directions(parameters)
+    ]
+
+
+def directions(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        yield [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+
+
+@pytest.mark.parametrize("term", [*WITHOUT_LPIPS, "all"])
 def test_gradient_of_each_term_against_finite_differences(term: str) -> None:
     """d total / d theta equals finite differences of the term with its target held fixed."""
-    weights = {} if term == "all" else only(**{term: 0.7})
-    settings = ObjectiveSettings.model_validate(weights)
+    settings = ObjectiveSettings.model_validate({} if term == "all" else only(**{term: 0.7}))
+    recorder = Recorder(Smooth())
+    run(recorder)
     network = Smooth()
-    recorder = Recorder(network)
-    total = run(recorder, **weights).total
+    total = run(network, **settings.model_dump()).total
     total.backward()
     torch.testing.assert_close(
         total, reference(recorder.calls, settings, network), rtol=1e-6, atol=0
     )
     parameters = list(network.parameters())
+    expected = slopes(parameters, lambda: reference(recorder.calls, settings, network))
+    assert slopes_of_gradient(parameters) == pytest.approx(expected, rel=1e-5)
+    assert max(map(abs, expected)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    # LPIPS computes in float32 and has kinks.
+    ("term", "h", "tolerance"),
+    [("pixel_mse", 1e-5, 1e-5), ("pixel_l1", 1e-6, 1e-5), ("pixel_lpips", 1e-3, 1e-2)],
+)
+def test_gradient_of_pixels_against_finite_differences_of_the_loss_itself(
+    term: str, h: float, tolerance: float
+) -> None:
+    """Nothing is held fixed here: the whole step is differentiated."""
+    lpips = tiny_lpips()
+    settings = ObjectiveSettings.model_validate(only(**{term: 0.7}))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        ways = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
-        slope = sum(float((p.grad * way).sum()) for p, way in zip(parameters, ways))
-        values, h = [], 1e-5
-        for sign in (1, -1):
-            with torch.no_grad():
-                for p, way in zip(parameters, ways):
-                    p.add_(way, alpha=sign * h)
-                values.append(float(reference(recorder.calls, settings, network)))
-                for p, way in zip(parameters, ways):
-                    p.sub_(way, alpha=sign * h)
-        assert slope == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
+    x, condition = torch.rand(2, 2, 3, 32, 32, generator=generator, dtype=torch.float64) * 2 - 1
+    network = Smooth()
+
+    def total() -> Tensor:
+        chosen = torch.Generator().manual_seed(3)
+        return Objective(settings, lpips)(network, x, condition, chosen).total
+
+    total().backward()
+    parameters = list(network.parameters())
+    expected = slopes(parameters, total, h)
+    assert slopes_of_gradient(parameters) == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("name", WEIGHTS[:-1])
+# ------------------------------------------------------------------------ stacked and sequential
+
+
+def both_forms(
+    network: nn.Module, others: dict[str, Velocity], lpips: Lpips | None, **settings: object
+) -> list[tuple[Losses, dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    condition = torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1
+    x = torch.rand(3, 3, 32, 32, generator=generator) * 2 - 1
+    results = []
+    for passes in ("stacked", "sequential"):
+        chosen = ObjectiveSettings.model_validate(ALL | settings | {"passes": passes})
+        network.zero_grad()
+        losses = Objective(chosen, lpips)(
+            network, x, condition, torch.Generator().manual_seed(7), **others
+        )
+        losses.total.backward()
+        gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
+        results.append((losses, gradients))
+    return results
+
+
+def moved_network(seed: int) -> DualBranchDiT:
+    torch.manual_seed(seed)
+    network = DualBranchDiT(PRESETS["teasr-xs"])
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    return network
+
+
+@pytest.mark.parametrize("settings", [{}, {"timestep_aware": False}, {"self_adversarial": 0.0}])
+@pytest.mark.parametrize("average", [False, True])
+def test_stacked_and_sequential_passes_are_equal(
+    average: bool, settings: dict[str, object]
+) -> None:
+    """Every term's values and the gradient of every weight, on a real network."""
+    others: dict[str, Velocity] = {"target_network": moved_network(1)} if average else {}
+    (stacked, first), (sequential, second) = both_forms(
+        moved_network(0), others, tiny_lpips(), **settings
+    )
+    expected = {name for name in TERMS if settings.get(name) != 0}
+    assert set(stacked.terms) == set(sequential.terms) == expected
+    for name, values in stacked.terms.items():
+        torch.testing.assert_close(values, sequential.terms[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(stacked.total, sequential.total, rtol=1e-5, atol=0)
+    for name, gradient in first.items():
+        scale = float(second[name].abs().max())
+        assert scale > 0, name
+        assert float((gradient - second[name]).abs().max()) < 2e-4 * scale, name
+
+
+def test_stacked_and_sequential_gradients_are_equal_to_rounding() -> None:
+    networks = [Smooth(), Smooth()]
+    totals = [run(net, passes=p).total for net, p in zip(networks, ("stacked", "sequential"))]
+    torch.testing.assert_close(*totals, rtol=1e-12, atol=0)
+    for total in totals:
+        total.backward()
+    for one, other in zip(*(list(network.parameters()) for network in networks)):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "average", "passes", "with_gradient"),
+    [
+        ({}, False, 4, 2),
+        ({}, True, 5, 2),
+        ({"passes": "sequential"}, False, 10, 4),
+        ({"passes": "sequential"}, True, 10, 4),
+        ({"consistency_order": 4}, False, 6, 2),
+        ({"timestep_aware": False}, False, 4, 2),
+        ({"self_adversarial": 0.0}, False, 3, 1),
+        ({"rectification": 0.0}, False, 4, 2),
+        ({"rectification": 0.0, "self_adversarial": 0.0}, False, 3, 1),
+        ({"any_step": 0.0, "end_to_end": 0.0}, False, 3, 2),
+        ({"any_step": 0.0, "end_to_end": 0.0}, True, 3, 2),
+        (only(flow_matching=1.0, pixel_mse=1.0), True, 1, 1),
+    ],
+)
+def test_passes_over_the_weights(
+    settings: dict[str, object], average: bool, passes: int, with_gradient: int
+) -> None:
+    recorder = Recorder(Smooth())
+    run(recorder, others={"target_network": recorder} if average else None, **settings)
+    assert len(recorder.calls) == passes
+    assert sum(call.gradient for call in recorder.calls) == with_gradient
+
+
+def test_an_average_is_asked_before_any_pass_that_waits_for_its_gradient() -> None:
+    """Its weights change place with those of the network (`Engine.averaged_network`)."""
+    recorder = Recorder(Smooth())
+    order: list[str] = []
+
+    def average(*inputs: Tensor) -> Tensor:
+        order.append("average")
+        return recorder.network(*inputs)
+
+    def network(*inputs: Tensor) -> Tensor:
+        order.append("network")
+        return recorder.network(*inputs)
+
+    for passes, count in (("stacked", 2), ("sequential", 4)):
+        order.clear()
+        run(network, others={"target_network": average}, passes=passes)
+        assert order[:count] == ["average"] * count and "average" not in order[count:]
+
+
+# --------------------------------------------------------- a setting changes what it says it does
+
+
+@pytest.mark.parametrize("name", WITHOUT_LPIPS)
 def test_a_weight_scales_its_term_and_no_other(name: str) -> None:
     alone = run(Smooth(), **only(**{name: 1.0})).total
-    rest = run(Smooth(), **{name: 0.0}).total
+    rest = run(Smooth(), **{name: 0.0})
     both = run(Smooth(), **{name: 3.0}).total
     assert float(alone.detach()) > 0
-    torch.testing.assert_close(both, rest + 3 * alone)
-
-
-def test_both_twin_terms_at_zero_save_two_passes() -> None:
-    def passes(**weights: float) -> tuple[int, set[str]]:
-        recorder = Recorder(Smooth())
-        losses = run(recorder, **weights)
-        return len(recorder.calls), set(losses.terms)
-
-    twin = {"self_adversarial", "rectification"}
-    assert passes()[0] == 5
-    assert passes(self_adversarial=0.0)[0] == 5
-    assert passes(rectification=0.0)[0] == 5
-    saved, terms = passes(self_adversarial=0.0, rectification=0.0)
-    assert saved == 3 and not terms & twin
+    assert set(rest.terms) == set(WITHOUT_LPIPS) - {name}
+    torch.testing.assert_close(both, rest.total + 3 * alone)
 
 
 def test_consistency_step_and_order_are_honoured() -> None:
     recorder = Recorder(Smooth())
     run(recorder, consistency_order=4, consistency_step=0.125)
-    assert len(recorder.calls) == 4 + 1 + 2
-    rows = recorder.calls[4]
-    t, r, t_m = rows.t[: 2 * N], rows.r[: 2 * N], recorder.calls[0].t
+    rows, first = recorder.calls[:2]
+    t, r, t_m = rows.t[: 2 * N], rows.r[: 2 * N], first.t[: 2 * N]
     assert torch.equal(t_m, torch.maximum(t - 0.125, r))
     assert float((t - t_m).max()) == pytest.approx(0.125)
+    assert len(recorder.calls) == 1 + 4 + 1
 
 
 def test_rectification_bound_and_pixel_floor_reach_the_total() -> None:
     losses = run(Smooth(), **only(rectification=1.0), rectification_bound=1e-3)
     recorder = Recorder(Smooth())
     run(recorder, **only(rectification=1.0))
-    end_t = recorder.calls[2].t[N : 2 * N]
-    expected = (end_t * 1e-3 * losses.terms["rectification"]).mean()
+    expected = (recorder.calls[0].t * 1e-3 * losses.terms["rectification"]).mean()
     torch.testing.assert_close(losses.total, expected)
     floored = run(Smooth(), **only(pixel_mse=1.0), pixel_floor=1.0)
     torch.testing.assert_close(floored.total, floored.terms["pixel_mse"].mean())
 
 
+def test_pure_noise_share_reaches_the_rows() -> None:
+    recorder = Recorder(Smooth())
+    run(recorder, **only(pixel_mse=1.0), pure_noise_share=1.0)
+    assert bool((recorder.calls[0].t == 1).all())
+
+
+def test_without_timestep_awareness_fakes_come_from_pure_noise_alone() -> None:
+    aware, plain = Recorder(Smooth()), Recorder(Smooth())
+    usual = run(aware)
+    losses = run(plain, timestep_aware=False)
+    rows, twin = plain.calls[0], plain.calls[-1]
+    pure = slice(3 * N, 4 * N)  # rows of their own: those of the other terms stay
+    assert len(rows.t) == 4 * N and len(aware.calls[0].t) == 3 * N
+    assert torch.equal(rows.t[: 3 * N], aware.calls[0].t)
+    assert bool((rows.t[pure] == 1).all()) and not rows.r[pure].any()
+    x_hat = (rows.x_t - rows.output)[pure]
+    noise = (twin.x_t - (1 - column(-twin.t)) * x_hat) / column(-twin.t)
+    error = (twin.output - (noise - x_hat)).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses.terms["self_adversarial"], error)
+    for name in set(WITHOUT_LPIPS) - {"self_adversarial", "rectification"}:
+        assert torch.equal(losses.terms[name], usual.terms[name])
+    # The weight has no t: only the normaliser is left.
+    alone = run(Smooth(), **only(rectification=1.0), timestep_aware=False, rectification_bound=1e-3)
+    torch.testing.assert_close(alone.total, 1e-3 * alone.terms["rectification"].mean())
+
+
 def test_target_network_serves_the_consistency_target_only() -> None:
-    x, condition = batch()
     trained, average = Recorder(Smooth(0)), Recorder(Smooth(1))
-    losses = Objective(ObjectiveSettings())(
-        trained, x, condition, torch.Generator().manual_seed(5), target_network=average
-    )
+    losses = run(trained, others={"target_network": average})
     assert [call.gradient for call in average.calls] == [False, False]
-    assert [call.gradient for call in trained.calls] == [True, True, False]
+    assert [call.gradient for call in trained.calls] == [True, False, True]
     plain = run(Smooth(0))
     assert not torch.equal(losses.terms["any_step"], plain.terms["any_step"])
-    for name in ("flow_matching", "self_adversarial", "rectification", "pixel_mse"):
-        assert torch.equal(losses.terms[name], plain.terms[name])
+    for name in ("flow_matching", "self_adversarial", "rectification", "pixel_mse", "pixel_l1"):
+        torch.testing.assert_close(losses.terms[name], plain.terms[name])
 
 
 def test_before_self_adversarial_after_only_pixels_train_in_one_pass() -> None:
     recorder = Recorder(Smooth())
-    losses = run(recorder, progress=0.59, self_adversarial_after=0.6, pixel_mse=2.0)
+    weights = {"pixel_mse": 2.0, "pixel_l1": 0.0}
+    losses = run(recorder, progress=0.59, self_adversarial_after=0.6, **weights)
     (call,) = recorder.calls
     assert call.gradient and not call.r.any() and set(losses.terms) == {"pixel_mse"}
     x, _ = batch()
@@ -542,7 +774,8 @@ def test_before_self_adversarial_after_only_pixels_train_in_one_pass() -> None:
     torch.testing.assert_close(losses.total, (2 * (1 - call.t) * error).mean())
     losses.total.backward()
     assert all(p.grad.abs().sum() > 0 for p in recorder.network.parameters())
-    assert len(run(Smooth(), progress=0.6, self_adversarial_after=0.6).terms) == 6
+    later = run(Smooth(), progress=0.6, self_adversarial_after=0.6)
+    assert set(later.terms) == set(WITHOUT_LPIPS)
 
 
 def test_equal_seeds_give_equal_losses_and_other_seeds_others() -> None:
@@ -553,28 +786,65 @@ def test_equal_seeds_give_equal_losses_and_other_seeds_others() -> None:
         assert not torch.equal(first.terms[name], other.terms[name])
 
 
-class Poisoned:
-    """NaN where `where(t, r)` holds."""
+# ------------------------------------------------------------------------------ what is not finite
 
-    def __init__(self, where: str) -> None:
-        self.where, self.network = where, Smooth()
+
+class Poisoned:
+    """NaN or infinity where `where(t, r)` holds."""
+
+    def __init__(self, where: str, value: float = math.nan) -> None:
+        self.where, self.value, self.network = where, value, Smooth()
 
     def __call__(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
-        bad = {"twin": t < 0, "real": (r == t) & (t > 0), "flow": (r > 0.9 * t) & (r < t)}
+        bad = {
+            "twin": t < 0,
+            "real": (r == t) & (t > 0),
+            "flow": (r > 0.9 * t) & (r < t),
+            "end": (r == 0) & (t > 0),
+        }
         output = self.network(x_t, t, r, condition)
-        return output.masked_fill(column(bad[self.where]), math.nan)
+        return output.masked_fill(column(bad[self.where]), self.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
     ("where", "term"),
-    [("twin", "self_adversarial"), ("real", "rectification"), ("flow", "flow_matching")],
+    [
+        ("twin", "self_adversarial"),
+        ("real", "rectification"),
+        ("flow", "flow_matching"),
+        ("end", "end_to_end"),
+    ],
 )
-def test_a_term_that_is_not_finite_is_named(where: str, term: str) -> None:
+def test_a_term_that_is_not_finite_is_named(where: str, term: str, value: float) -> None:
     # d above the largest gap keeps the Euler steps out of the poisoned region.
-    losses = run(Poisoned(where), consistency_step=0.5, seed=2)
+    losses = run(Poisoned(where, value), consistency_step=0.5, seed=2)
     assert losses.not_finite() == term
     assert not losses.is_finite()
     assert run(Smooth()).is_finite() and run(Smooth()).not_finite() == ""
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("where", ["clean image", "condition"])
+def test_a_batch_with_nan_is_found_by_every_term(where: str, term: str) -> None:
+    settings = ObjectiveSettings.model_validate(only(**{term: 1.0}))
+    losses = poisoned_step(settings, where, math.nan)
+    assert losses.not_finite() == term
+    finite = torch.isfinite(losses.terms[term])
+    assert bool(finite[0]) and not bool(finite[1])  # the other sample of the batch is sound
+
+
+def test_a_batch_with_an_infinity_is_found() -> None:
+    """The consistency residual is clamped and so bounded; flow matching and pixels are not."""
+    losses = poisoned_step(ObjectiveSettings(), "clean image", math.inf)
+    assert losses.not_finite() == "flow_matching"
+
+
+def poisoned_step(settings: ObjectiveSettings, where: str, value: float) -> Losses:
+    generator = torch.Generator().manual_seed(0)
+    x, condition = torch.rand(2, 2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    (x if where == "clean image" else condition)[1, 2, 3, 4] = value
+    return Objective(settings, tiny_lpips())(Smooth(), x, condition, generator)
 
 
 def tiny_lpips() -> Lpips:
@@ -599,13 +869,23 @@ def test_lpips_of_one_step_images_carries_the_pixel_weight() -> None:
     recorder = Recorder(lambda x_t, t, r, c: 0.1 * x_t + network.last.bias.view(1, 3, 1, 1))
     settings = ObjectiveSettings.model_validate(only(pixel_lpips=3.0) | {"pixel_floor": 0.25})
     losses = Objective(settings, lpips)(recorder, x, condition, torch.Generator().manual_seed(0))
-    rows = recorder.calls[2]
-    end = slice(2, 4)
-    x_hat = one_step_image(rows.x_t[end], rows.output[end], rows.t[end])
+    (rows,) = recorder.calls
+    x_hat = one_step_image(rows.x_t, rows.output, rows.t)
     torch.testing.assert_close(losses.terms["pixel_lpips"], lpips(x_hat, x))
-    weight = (1 - rows.t[end]).clamp(min=0.25)
+    weight = (1 - rows.t).clamp(min=0.25)
     torch.testing.assert_close(losses.total, (3 * weight * lpips(x_hat, x)).mean())
     losses.total.backward()
     assert float(network.last.bias.grad.abs().sum()) > 0
     without = Objective(ObjectiveSettings(pixel_lpips=0.0), lpips)
     assert without.lpips is None
+
+
+def test_lpips_joins_after_its_share_of_the_run() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, condition = torch.rand(2, 2, 3, 32, 32, generator=generator, dtype=torch.float64) * 2 - 1
+    objective = Objective(ObjectiveSettings(pixel_l1=1.0, pixel_lpips_after=0.3), tiny_lpips())
+
+    def terms(progress: float) -> set[str]:
+        return set(objective(Smooth(), x, condition, generator, progress=progress).terms)
+
+    assert terms(0.29) == set(WITHOUT_LPIPS) and terms(0.3) == set(TERMS)

@@ -1,4 +1,4 @@
-"""Plots: every value is in a bar, the axis has round numbers, and the SVG is one."""
+"""Plots: every value is in a bar or on its curve, axes have round numbers, and the SVG is one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from teasr.plots import Choices, Numbers, expected, histogram, svg, ticks
+from teasr.plots import (
+    Choices,
+    Curves,
+    Numbers,
+    Point,
+    document,
+    expected,
+    histogram,
+    svg,
+    ticks,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +66,41 @@ def test_text_is_escaped() -> None:
     plot = Choices("<b>", {"<script>": 3}, {"&": 1.0})
     assert "<script>" not in svg(plot)
     assert ElementTree.fromstring(svg(plot)).get("aria-label") == "<b>"
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+@pytest.mark.parametrize("last", [(16.0, 0.25), (2.4, 0.4), (2.0, 0.3)])
+def test_every_point_is_on_its_curve_in_place(last: tuple[float, float], logarithmic: bool) -> None:
+    curves = {"few": [Point(2.0, 0.3, "1"), Point(*last, "8")], "any": [Point(4.0, 0.35, "2")]}
+    plot = Curves("dial", "s/MP", "LPIPS", curves, logarithmic)
+    root = ElementTree.fromstring(svg(plot))
+    dots = [(float(d.get("cx", 0)), float(d.get("cy", 0))) for d in root.iter("circle")]
+    assert len(dots) == len(plot) == 3
+    points = [point for curve in curves.values() for point in curve]
+    for a, first in zip(points, dots):
+        for b, second in zip(points, dots):
+            assert (a.x < b.x) == (first[0] < second[0])
+            assert (a.y < b.y) == (first[1] > second[1])  # SVG counts downwards
+    width, height = map(float, root.get("viewBox", "").split()[2:])
+    assert all(0 < x < width and 0 < y < height for x, y in dots)
+    lines = [line.get("points", "").split() for line in root.iter("polyline")]
+    assert lines == [[f"{x},{y}" for x, y in part] for part in (dots[:2], dots[2:])]
+    labels = [text.text for text in root.iter("text")]
+    assert {"few", "any", "1", "8", "2", "s/MP", "LPIPS"} <= set(labels)
+    middle = [
+        t for t in root.iter("text") if t.get("text-anchor") == "middle" and not t.get("style")
+    ]
+    assert len(middle) >= 2  # ticks of x
+
+
+def test_curves_without_points_and_too_many_curves() -> None:
+    ElementTree.fromstring(svg(Curves("none", "x", "y", {"a": []})))
+    with pytest.raises(ValueError, match="at most 5"):
+        svg(Curves("many", "x", "y", {str(i): [] for i in range(6)}))
+
+
+def test_a_document_stands_alone() -> None:
+    plot = Curves("<dial>", "x", "y", {"a&b": [Point(1, 2)]})
+    root = ElementTree.fromstring(document(plot, 640))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "640"
+    assert "currentColor" in (root[0].text or "") and root.get("aria-label") == "<dial>"

@@ -26,7 +26,9 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 class Settings(BaseModel):
     """Base of every configuration section: immutable, and strict about keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], source: str) -> Self:

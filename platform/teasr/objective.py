@@ -13,35 +13,49 @@ the flow between noise and the model's own one-step images. sg[.] is stop-gradie
 | flow_matching    | (x_t, t, r ~ t)  | v                                                          |
 | self_adversarial | (x'_t, -t', -t') | z' - x_fake, x_fake = sg[x_hat]                            |
 | rectification    | (x_t, t, 0)      | sg[F - (F(x'_t, -t', -t') - F(x'_t, t', t'))], times w(t)|
-| pixel            | x_hat            | x, by squared error and LPIPS, weighed by 1 - t            |
+| pixel            | x_hat            | x, by squared or absolute error and LPIPS, times 1 - t     |
 
-The rows of one batch that do not depend on each other are stacked into one forward pass. A step is
-five passes over the weights in place of ten: the two Euler steps of the consistency target (without
-gradient), the any-step + end-to-end + flow-matching rows, then the twin and the real velocity of
-the fakes. The fakes of the self-adversarial and of the rectification term are the same points, so
-the twin velocity is computed once; its detached value serves the rectification.
+Rows that do not depend on each other share a pass over the weights. Per step, with N Euler steps in
+the consistency target (2 by default):
+
+| pass | gradient | rows                                                                         |
+|------|----------|------------------------------------------------------------------------------|
+| A    | yes      | any-step, end-to-end and flow-matching rows                                  |
+| B    | no       | Euler step 1 of any-step and end-to-end rows; real velocity of the fakes     |
+| C    | no       | Euler steps 2 to N, a pass each                                              |
+| D    | yes      | twin velocity of the fakes; its detached value serves the rectification      |
+
+That is N + 2 = 4 passes, 2 with gradient. One by one (`passes: sequential`) the same rows are 10
+passes, 4 with gradient. A `target_network` has other weights, so that its N Euler passes cannot
+take the real velocity along: 5 in all. D could ride with the last Euler step: one sweep less, but a
+backward pass through rows that need none. A term of weight 0 is left out with its rows and passes.
 
 Every term is a pure function that returns one value per sample; the caller weighs and averages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from teasr.backbones.base import Velocity
 from teasr.config import Settings
+from teasr.errors import UsageError
 from teasr.lpips import Lpips
+
+TWIN_TERMS = ("self_adversarial", "rectification")
+PIXEL_TERMS = ("pixel_mse", "pixel_l1", "pixel_lpips")
+TERMS = ("any_step", "end_to_end", "flow_matching", *TWIN_TERMS, *PIXEL_TERMS)
 
 
 class ObjectiveSettings(Settings):
-    """Weights and constants of the objective.
-
-    With both twin terms (self_adversarial, rectification) at zero their two passes are saved.
-    """
+    """Weights and constants of the objective. A term of weight 0 is left out and costs nothing."""
 
     any_step: float = Field(1.0, ge=0)
     """Weight of the average-velocity term for random r < t."""
@@ -55,6 +69,9 @@ class ObjectiveSettings(Settings):
     """Weight of the rectification of one-step images."""
     pixel_mse: float = Field(1.0, ge=0)
     """Weight of the squared error of one-step images."""
+    pixel_l1: float = Field(0.0, ge=0)
+    """Weight of their absolute error. Beside LPIPS it holds even areas together, where a squared
+    error hardly weighs."""
     pixel_lpips: float = Field(1.0, ge=0)
     """Weight of LPIPS of one-step images; without LPIPS weights the term is left out."""
     pixel_floor: float = Field(0.0, ge=0, le=1)
@@ -63,6 +80,12 @@ class ObjectiveSettings(Settings):
     noise too."""
     pure_noise_share: float = Field(0.0, ge=0, le=1)
     """Share of end-to-end rows placed exactly at t = 1, where one-step restoration starts."""
+    timestep_aware: bool = True
+    """Whether one-step images are rectified at every noise level of the end-to-end rows. False, for
+    comparison: at pure noise alone, on rows of their own, where the weight's factor t is 1."""
+    teacher: bool = False
+    """For comparison: distribution matching with a frozen teacher and a fake network of their own
+    (`teasr.dmd`) in place of the twin trajectory."""
     consistency_step: float = Field(0.01, gt=0, le=0.5)
     """d of the recursive consistency target."""
     consistency_order: int = Field(2, ge=1)
@@ -72,9 +95,15 @@ class ObjectiveSettings(Settings):
     rectification_bound: float = Field(10.0, gt=0)
     """Upper bound of the rectification's per-sample normaliser."""
     self_adversarial_after: float = Field(0.0, ge=0, le=1)
-    """Share of the run in which the squared error of one-step images trains alone. A network that
+    """Share of the run in which the pixel terms of one-step images train alone. A network that
     starts from nothing must first make pictures before it can learn from its own, and one pass a
-    step is far cheaper than five; a pretrained network starts at 0."""
+    step is far cheaper than four; a pretrained network starts at 0."""
+    pixel_lpips_after: float = Field(0.0, ge=0, le=1)
+    """Share of the run after which LPIPS joins the squared error: it costs more than the network,
+    and has little to say about pictures that are not yet there."""
+    passes: Literal["stacked", "sequential"] = "stacked"
+    """`stacked`: rows that do not depend on each other share a pass. `sequential`: each term's rows
+    have their own. Losses and gradients are equal."""
 
     @field_validator("fake_time_range")
     @classmethod
@@ -82,6 +111,20 @@ class ObjectiveSettings(Settings):
         if not 0 < value[0] < value[1] < 1:
             raise ValueError("two increasing numbers strictly between 0 and 1 are expected")
         return value
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> ObjectiveSettings:
+        perceptual = self.pixel_lpips > 0 and self.pixel_lpips_after == 0
+        pixels = self.pixel_mse > 0 or self.pixel_l1 > 0 or perceptual
+        others = any(getattr(self, name) > 0 for name in TERMS if name not in PIXEL_TERMS)
+        if not pixels and not (others and self.self_adversarial_after == 0):
+            raise ValueError(
+                "nothing is trained at the start; give a term a weight above 0 (only pixel terms "
+                "train before self_adversarial_after)"
+            )
+        if self.teacher and not (self.self_adversarial > 0 and self.rectification > 0):
+            raise ValueError("teacher needs self_adversarial and rectification above 0")
+        return self
 
 
 @dataclass(frozen=True)
@@ -100,6 +143,19 @@ class Times:
     """r of the flow-matching rows, within 5% of t."""
     fake_t: Tensor
     """Level of the fakes, inside `fake_time_range`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a network is asked: points x_t (N, C, H, W), levels t and targets r, each (N,)."""
+
+    x_t: Tensor
+    t: Tensor
+    r: Tensor
+
+
+Evaluate = Callable[[Sequence[Rows]], list[Tensor]]
+"""Velocities (N, C, H, W) at each of several groups of rows."""
 
 
 @dataclass(frozen=True)
@@ -146,23 +202,44 @@ def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(1)
 
 
-def rcgm_integral(
-    network: Velocity, x_m: Tensor, t_m: Tensor, r: Tensor, condition: Tensor, order: int
-) -> Tensor:
+def mean_absolute(prediction: Tensor, target: Tensor) -> Tensor:
+    """Absolute error averaged over all but the first axis: (N, ...) -> (N,)."""
+    return (prediction - target).abs().flatten(1).mean(1)
+
+
+def step_back(rows: Rows, velocity: Tensor, step: float) -> Rows:
+    """(x_m, t_m, r): `rows` moved along `velocity` to t_m = max(t - step, r)."""
+    t_m = torch.maximum(rows.t - step, rows.r)
+    return Rows(rows.x_t - _column(rows.t - t_m) * velocity, t_m, rows.r)
+
+
+@torch.no_grad()
+def rcgm_integrals(
+    evaluate: Evaluate, starts: Sequence[Rows], order: int, beside: Sequence[Rows] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
     """I = sum_i (s_i - s_{i+1}) F(x_{s_i}, s_i, s_{i+1}), `order` Euler steps from t_m to r.
 
     Args:
-        network: evaluated without gradient.
-        x_m: (N, C, H, W), the point at level `t_m` (N,); r: (N,) <= t_m.
+        starts: groups of rows (x_m, t_m, r).
+        beside: other rows, evaluated together with the first step.
+
+    Returns:
+        The integral of each start, and the velocity at each of `beside`.
     """
-    total = torch.zeros_like(x_m)
-    point = x_m
+    totals = [torch.zeros_like(start.x_t) for start in starts]
+    others: list[Tensor] = []
     for i in range(order):
-        start, end = (torch.lerp(t_m, r, j / order) for j in (i, i + 1))
-        moved = _column(start - end) * network(point, start, end, condition)
-        point = point - moved
-        total = total + moved
-    return total
+        points = [
+            Rows(start.x_t - total, *(torch.lerp(start.t, start.r, j / order) for j in (i, i + 1)))
+            for start, total in zip(starts, totals)
+        ]
+        velocities = evaluate([*points, *(beside if i == 0 else ())])
+        others += velocities[len(points) :]
+        totals = [
+            total + _column(point.t - point.r) * velocity
+            for total, point, velocity in zip(totals, points, velocities)
+        ]
+    return totals, others
 
 
 def rcgm_target(
@@ -226,16 +303,25 @@ def draw_times(count: int, settings: ObjectiveSettings, generator: torch.Generat
 
 
 class Objective:
-    """All terms of one step, stacked into few passes.
+    """All terms of one step, in few passes.
 
     Args:
         settings: weights and constants.
         lpips: perceptual distance for the pixel term, or None to leave it out.
+
+    Raises:
+        UsageError: when LPIPS alone would be trained, and is left out.
     """
 
     def __init__(self, settings: ObjectiveSettings, lpips: Lpips | None = None) -> None:
         self.settings = settings
         self.lpips = lpips if settings.pixel_lpips > 0 else None
+        if not self._active(0.0):
+            raise UsageError(
+                "objective.pixel_lpips is all that trains at the start, and there are no LPIPS "
+                "weights.",
+                "Set lpips or $TEASR_LPIPS to their folder, or objective.pixel_l1 above 0.",
+            )
 
     def __call__(
         self,
@@ -246,6 +332,8 @@ class Objective:
         *,
         progress: float = 1.0,
         target_network: Velocity | None = None,
+        fake_network: Velocity | None = None,
+        teacher: Velocity | None = None,
     ) -> Losses:
         """Losses of one batch.
 
@@ -256,100 +344,145 @@ class Objective:
             progress: share of the run that is done, for `self_adversarial_after`.
             target_network: network without gradient for the consistency target (an average of
                 the weights for small models); None takes `network` itself.
+            fake_network, teacher: what gives the fake and the real velocity of the fakes, at
+                positive times both, in place of `network` (`teasr.dmd`); both or neither.
         """
         settings = self.settings
+        active = self._active(progress)
         times = _to(draw_times(len(x), settings, generator), x.device)
-        if progress < settings.self_adversarial_after:
-            return self._first_pictures(network, x, condition, generator, times)
+        noise = _Noise(x, generator)
+        evaluate = partial(self._evaluate, condition)
 
-        z_any, z_end, z_flow, z_fake = (_noise_like(x, generator) for _ in range(4))
+        rows: dict[str, Rows] = {}
+        velocities: dict[str, Tensor] = {}
+        for name, (t, r) in self._places(active, times).items():
+            z = noise(name)
+            rows[name], velocities[name] = Rows(interpolate(x, z, t), t, r), z - x
+        consistent = [name for name in ("any_step", "end_to_end") if name in active]
+        starts = [
+            step_back(rows[name], velocities[name], settings.consistency_step)
+            for name in consistent
+        ]
 
-        # 1. Consistency targets, without gradient: Euler steps of any-step and end-to-end rows.
-        t = torch.cat([times.any_t, times.end_t])
-        r = torch.cat([times.any_r, torch.zeros_like(times.end_t)])
-        x2 = torch.cat([x, x])
-        z2 = torch.cat([z_any, z_end])
-        v2 = z2 - x2
-        x_t = interpolate(x2, z2, t)
-        t_m = torch.maximum(t - settings.consistency_step, r)
-        x_m = x_t - _column(t - t_m) * v2
-        with torch.no_grad():
-            integral = rcgm_integral(
-                target_network or network,
-                x_m,
-                t_m,
-                r,
-                _repeat(condition, 2),
-                settings.consistency_order,
-            )
+        # An average of the weights comes first, while no pass waits for its gradient.
+        integrals: list[Tensor] = []
+        if target_network is not None and starts:
+            ask = partial(evaluate, target_network)
+            integrals, _ = rcgm_integrals(ask, starts, settings.consistency_order)
 
-        # 2. Rows with gradient: any-step, end-to-end, flow matching.
-        x_flow = interpolate(x, z_flow, times.flow_t)
-        prediction = network(
-            torch.cat([x_t, x_flow]),
-            torch.cat([t, times.flow_t]),
-            torch.cat([r, times.flow_r]),
-            _repeat(condition, 3),
-        )
-        consistent, flow = prediction.split([2 * len(x), len(x)])
-        target = rcgm_target(consistent, v2, integral, t, t_m, r)
-        any_step, end_to_end = mean_square(consistent, target).chunk(2)
-        end_prediction = consistent[len(x) :]
-        end_t = times.end_t
-        x_hat = one_step_image(x_t[len(x) :], end_prediction, end_t)
+        # A. The rows of all terms but the twin ones, with gradient.
+        predictions = dict(zip(rows, evaluate(network, list(rows.values()))))
 
-        terms = {
-            "any_step": any_step,
-            "end_to_end": end_to_end,
-            "flow_matching": mean_square(flow, z_flow - x),
-            **self._pixel_terms(x_hat, x),
-        }
-        pixels = pixel_weight(end_t, settings.pixel_floor)
-        weights: dict[str, Tensor | float] = {
-            "any_step": settings.any_step,
-            "end_to_end": settings.end_to_end,
-            "flow_matching": settings.flow_matching,
-            "pixel_mse": settings.pixel_mse * pixels,
-            "pixel_lpips": settings.pixel_lpips * pixels,
-        }
-
-        # 3. The model's own images: twin velocity with gradient, real velocity without.
-        if settings.self_adversarial > 0 or settings.rectification > 0:
-            x_fake, fake_t = x_hat.detach(), times.fake_t
-            x_fake_t = interpolate(x_fake, z_fake, fake_t)
-            twin = network(x_fake_t, -fake_t, -fake_t, condition)
+        # B, C. Without gradient: velocities of the model's own images, Euler steps.
+        still: list[Rows] = []
+        if set(TWIN_TERMS).intersection(active):
+            source = "end_to_end" if settings.timestep_aware else "pure_noise"
+            one_step, end_t = predictions[source], rows[source].t
+            x_fake = one_step_image(rows[source].x_t, one_step, end_t).detach()
+            z_fake, level = noise("fakes"), times.fake_t
+            real_rows = Rows(interpolate(x_fake, z_fake, level), level, level)
+            twin_rows = real_rows if fake_network else Rows(real_rows.x_t, -level, -level)
+            apart = "self_adversarial" not in active or settings.passes == "sequential"
+            if "rectification" in active:
+                still = [real_rows, *([twin_rows] if apart and not fake_network else [])]
+        judged: list[Tensor] = []
+        if target_network is None and starts:
+            ask = partial(evaluate, network)
+            beside = [] if teacher else still
+            integrals, judged = rcgm_integrals(ask, starts, settings.consistency_order, beside)
+        if still and not judged:
             with torch.no_grad():
-                real = network(x_fake_t, fake_t, fake_t, condition)
-            terms["self_adversarial"] = mean_square(twin, z_fake - x_fake)
-            terms["rectification"] = mean_square(
-                end_prediction, rectification_target(end_prediction, twin, real)
+                judged = evaluate(teacher or network, still)
+
+        terms: dict[str, Tensor] = {}
+        weights: dict[str, Tensor | float] = {name: getattr(settings, name) for name in TERMS}
+        for name, start, integral in zip(consistent, starts, integrals):
+            t, r = rows[name].t, rows[name].r
+            target = rcgm_target(predictions[name], velocities[name], integral, t, start.t, r)
+            terms[name] = mean_square(predictions[name], target)
+        if "flow_matching" in active:
+            terms["flow_matching"] = mean_square(
+                predictions["flow_matching"], velocities["flow_matching"]
             )
-            weights["self_adversarial"] = settings.self_adversarial
-            weights["rectification"] = settings.rectification * rectification_weight(
-                twin, real, end_t, settings.rectification_bound
+        if set(PIXEL_TERMS).intersection(active):
+            end = rows["end_to_end"]
+            x_hat = one_step_image(end.x_t, predictions["end_to_end"], end.t)
+            for name in PIXEL_TERMS:
+                weights[name] *= pixel_weight(end.t, settings.pixel_floor)
+            if "pixel_mse" in active:
+                terms["pixel_mse"] = mean_square(x_hat, x)
+            if "pixel_l1" in active:
+                terms["pixel_l1"] = mean_absolute(x_hat, x)
+            if "pixel_lpips" in active and self.lpips:
+                terms["pixel_lpips"] = self.lpips(x_hat, x)
+
+        # D. The twin velocity, with gradient.
+        if "self_adversarial" in active:
+            (fake,) = evaluate(fake_network or network, [twin_rows])
+            terms["self_adversarial"] = mean_square(fake, z_fake - x_fake)
+        if "rectification" in active:
+            real = judged[0]
+            fake = judged[1] if len(judged) > 1 else fake
+            target = rectification_target(one_step, fake, real)
+            terms["rectification"] = mean_square(one_step, target)
+            weights["rectification"] *= rectification_weight(
+                fake, real, end_t, settings.rectification_bound
             )
         return _weigh(terms, weights)
 
-    def _first_pictures(
-        self,
-        network: Velocity,
-        x: Tensor,
-        condition: Tensor,
-        generator: torch.Generator,
-        times: Times,
-    ) -> Losses:
-        """The squared error of one-step images alone, of end-to-end rows: one pass."""
-        settings, t = self.settings, times.end_t
-        x_t = interpolate(x, _noise_like(x, generator), t)
-        x_hat = one_step_image(x_t, network(x_t, t, torch.zeros_like(t), condition), t)
-        weight = settings.pixel_mse * pixel_weight(t, settings.pixel_floor)
-        return _weigh({"pixel_mse": mean_square(x_hat, x)}, {"pixel_mse": weight})
+    def _active(self, progress: float) -> list[str]:
+        """Terms that are trained when `progress` of the run is done."""
+        settings = self.settings
+        names = TERMS if progress >= settings.self_adversarial_after else PIXEL_TERMS
+        perceptual = self.lpips is not None and progress >= settings.pixel_lpips_after
+        return [
+            name
+            for name in names
+            if getattr(settings, name) > 0 and (perceptual or name != "pixel_lpips")
+        ]
 
-    def _pixel_terms(self, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
-        terms = {"pixel_mse": mean_square(x_hat, x)}
-        if self.lpips is not None:
-            terms["pixel_lpips"] = self.lpips(x_hat, x)
-        return terms
+    def _places(self, active: Sequence[str], times: Times) -> dict[str, tuple[Tensor, Tensor]]:
+        """(t, r) of each group of rows between pictures and noise that `active` terms ask for."""
+        zeros = torch.zeros_like(times.end_t)
+        every = {
+            "any_step": (times.any_t, times.any_r),
+            "end_to_end": (times.end_t, zeros),
+            "flow_matching": (times.flow_t, times.flow_r),
+            "pure_noise": (torch.ones_like(zeros), zeros),
+        }
+        asked = set(active)
+        if asked.intersection(PIXEL_TERMS):
+            asked.add("end_to_end")
+        if asked.intersection(TWIN_TERMS):
+            asked.add("end_to_end" if self.settings.timestep_aware else "pure_noise")
+        return {name: places for name, places in every.items() if name in asked}
+
+    def _evaluate(
+        self, condition: Tensor, network: Velocity, groups: Sequence[Rows]
+    ) -> list[Tensor]:
+        """Velocities at each group of rows, in one pass or in one for each."""
+        if self.settings.passes == "sequential":
+            return [network(rows.x_t, rows.t, rows.r, condition) for rows in groups]
+        x_t, t, r = (
+            torch.cat([getattr(rows, name) for rows in groups]) for name in ("x_t", "t", "r")
+        )
+        velocity = network(x_t, t, r, torch.cat([condition] * len(groups)))
+        return list(velocity.chunk(len(groups)))
+
+
+class _Noise:
+    """Standard normal fields like x, one per name; a field does not depend on which others are
+    drawn."""
+
+    NAMES = ("any_step", "end_to_end", "flow_matching", "fakes", "pure_noise")
+
+    def __init__(self, x: Tensor, generator: torch.Generator) -> None:
+        seeds = torch.randint(2**62, (len(self.NAMES),), generator=generator)
+        self._x, self._seeds = x, dict(zip(self.NAMES, seeds.tolist()))
+
+    def __call__(self, name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seeds[name])
+        return torch.randn(self._x.shape, generator=generator).to(self._x.device)
 
 
 def _weigh(terms: dict[str, Tensor], weights: dict[str, Tensor | float]) -> Losses:
@@ -360,14 +493,6 @@ def _weigh(terms: dict[str, Tensor], weights: dict[str, Tensor | float]) -> Loss
 
 def _column(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
-
-
-def _repeat(condition: Tensor, times: int) -> Tensor:
-    return torch.cat([condition] * times)
-
-
-def _noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def _to(times: Times, device: torch.device) -> Times:

@@ -1,15 +1,17 @@
-"""Small plots as inline SVG: what was drawn, against what should have been.
+"""Small plots as SVG: what was drawn, against what should have been; one quantity over another.
 
-No library and no picture file: an SVG of bars is a few lines, scales, and goes into a page as text.
-Colours are CSS classes (`PLOT_CSS`), so that a page may have a dark side.
+No library: an SVG of bars or curves is a few lines, scales, and goes into a page as text or into a
+file of its own (`document`). Colours are CSS classes (`PLOT_CSS`), so that a page may have a dark
+side.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +28,17 @@ svg.plot .line { fill: none; stroke: var(--mark, #c2410c); stroke-width: 1.5; }
 svg.plot .axis { stroke: var(--faint, #8a8a8a); stroke-width: 1; }
 svg.plot text { fill: var(--ink, #333); }
 svg.plot text.count { fill: var(--faint, #777); }
+svg.plot .curve { fill: none; stroke: currentColor; stroke-width: 1.5; }
+svg.plot .dot { fill: currentColor; }
+svg.plot .hue0 { color: var(--hue0, #c2410c); }
+svg.plot .hue1 { color: var(--hue1, #2563a8); }
+svg.plot .hue2 { color: var(--hue2, #4d7c0f); }
+svg.plot .hue3 { color: var(--hue3, #7e3aa8); }
+svg.plot .hue4 { color: var(--hue4, #8a6d00); }
 """
 
+_HUES = 5
+_CURVE_HEIGHT = 200
 _BINS = 24
 _LABELLED = 10
 _ROW = 19
@@ -76,13 +87,54 @@ class Choices:
         return sum(self.counts.values())
 
 
+class Point(NamedTuple):
+    """A place on a curve; `label` stands beside it."""
+
+    x: float
+    y: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One quantity over another.
+
+    Attributes:
+        title: what is compared.
+        x, y: the two quantities, with their units.
+        curves: points by name, each joined in order; at most five.
+        logarithmic: x, which is then above 0, goes by its logarithm.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: Mapping[str, Sequence[Point]]
+    logarithmic: bool = False
+
+    def __len__(self) -> int:
+        return sum(map(len, self.curves.values()))
+
+
 Plot = Numbers | Choices
 
 
-def svg(plot: Plot) -> str:
-    """The plot as an `<svg>` element: bars, and where it is known the expectation as a line, with
-    a band of two standard deviations of what that many draws give by chance."""
+def svg(plot: Plot | Curves) -> str:
+    """The plot as an `<svg>` element: curves with a legend; or bars, and where it is known the
+    expectation as a line, with a band of two standard deviations of what that many draws give by
+    chance."""
+    if isinstance(plot, Curves):
+        return _curves(plot)
     return _choices(plot) if isinstance(plot, Choices) else _numbers(plot)
+
+
+def document(plot: Plot | Curves, width: int = 2 * WIDTH) -> str:
+    """The plot as an SVG file, on white, `width` pixels wide."""
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}"'
+    element = svg(plot).replace("<svg", opening, 1)
+    head, rest = element.split(">", 1)
+    ground = f'<style>{PLOT_CSS}</style><rect width="100%" height="100%" fill="#fff"/>'
+    return f"{head}>{ground}{rest}\n"
 
 
 def histogram(plot: Numbers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -222,6 +274,72 @@ def _choices(plot: Choices) -> str:
             )
     parts.append(f'<line class="axis" x1="{left}" x2="{left}" y1="0" y2="{len(names) * _ROW}"/>')
     return _frame(plot.title, max(len(names), 1) * _ROW + 2, parts)
+
+
+def _curves(plot: Curves) -> str:
+    if len(plot.curves) > _HUES:
+        raise ValueError(f"at most {_HUES} curves are told apart, {len(plot.curves)} given")
+    points = [point for curve in plot.curves.values() for point in curve] or [Point(1, 0)]
+    left, right, top, bottom = 40.0, WIDTH - 12.0, 38.0, _CURVE_HEIGHT - 30.0
+    scale = math.log10 if plot.logarithmic else float
+    low, high = _wide(min(scale(p.x) for p in points), max(scale(p.x) for p in points))
+    floor, ceiling = _wide(min(p.y for p in points), max(p.y for p in points))
+
+    def x(value: float) -> float:
+        return left + (right - left) * (scale(value) - low) / (high - low)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - floor) / (ceiling - floor)
+
+    parts = [f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>']
+    decades = _decades(low, high) if plot.logarithmic else ticks(low, high)
+    for tick in decades:
+        parts.append(
+            f'<path class="axis" d="M{x(tick):.1f} {bottom}v3"/>'
+            f'<text x="{x(tick):.1f}" y="{bottom + 13}" text-anchor="middle">{tick:g}</text>'
+        )
+    for tick in ticks(floor, ceiling):
+        parts.append(
+            f'<path class="axis" d="M{left} {y(tick):.1f}h-3"/>'
+            f'<text x="{left - 5}" y="{y(tick) + 3:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    parts.append(
+        f'<text class="count" x="{left - 34}" y="10">{html.escape(plot.y)}</text>'
+        f'<text class="count" x="{right}" y="{_CURVE_HEIGHT - 4}" text-anchor="end">'
+        f"{html.escape(plot.x)}</text>"
+    )
+    legend = left - 34
+    for hue, (name, curve) in enumerate(plot.curves.items()):
+        line = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in curve)
+        parts.append(f'<g class="hue{hue}"><polyline class="curve" points="{line}"/>')
+        for p in curve:
+            about = html.escape(f"{name} {p.label}: {p.x:.4g}, {p.y:.4g}")
+            parts.append(
+                f'<circle class="dot" cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="2">'
+                f"<title>{about}</title></circle>"
+                f'<text class="count" x="{x(p.x):.1f}" y="{y(p.y) - 4:.1f}" style="font-size: 7px" '
+                f'text-anchor="middle">{html.escape(p.label)}</text>'
+            )
+        parts.append(
+            f'<path class="curve" d="M{legend:g} 21h12"/>'
+            f'<text x="{legend + 15:g}" y="24">{html.escape(name)}</text></g>'
+        )
+        legend += 26 + 5.2 * len(name)  # about the width of a letter
+    return _frame(plot.title, _CURVE_HEIGHT, parts)
+
+
+def _wide(low: float, high: float) -> tuple[float, float]:
+    """The range and 4% on either side; something about a single value."""
+    margin = 0.04 * (high - low) or 0.5 * abs(low) or 0.5
+    return low - margin, high + margin
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from 10^low to 10^high; round numbers when they are few."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    found = [m * 10.0**power for power in powers for m in (1, 2, 5)]
+    inside = [value for value in found if low <= math.log10(value) <= high]
+    return inside if len(inside) > 1 else ticks(10.0**low, 10.0**high)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from jobs import cli
 from teasr.backbones import PRESETS, DualBranchDiT, save_backbone
-from teasr.images import decode, encode
+from teasr.images import bicubic_upsample, decode, encode
 
 COMMANDS = [
     *("quickstart", "ingest", "synthesize", "distill", "evaluate", "promote", "rollback"),
@@ -74,6 +76,10 @@ def test_every_command_has_help(run: Run) -> None:
         (["distill", "quickstart"], 2, "Set data"),
         (["evaluate", "teasr-nothing", "--data", "x"], 2, "teasr-nothing"),
         (["evaluate", "teasr-s", "--data", "x", "--steps", "one"], 2, "whole numbers"),
+        (["evaluate", "teasr-s", "--data", "x", "--metrics", "psnr"], 2, "clipiqa"),
+        (["evaluate", "teasr-s", "--data", "x", "--metrics", "musiq"], 2, "pip install pyiqa"),
+        (["evaluate", "teasr-s", "--data", "x", "--pictures", "-1"], 2, "or all"),
+        (["evaluate", "teasr-s", "--data", "x", "--dists", "absent"], 2, "absent"),
         (["promote", "nobody"], 2, "nobody"),
         (["history", "nobody"], 2, "nobody"),
         (["rollback", "nobody"], 2, "nobody"),
@@ -134,6 +140,12 @@ def test_restore_respects_orientation(
         (["missing.png", "out.png"], "missing.png"),
         (["good.png", "out.png", "--steps", "0"], "steps"),
         (["good.png", "out.png", "--colour", "blue"], "wavelet"),
+        (["good.png", "out.png", "--tile", "4"], "greater than or equal to 8"),
+        (["good.png", "out.png", "--tile", "9999"], "less than or equal to 1024"),
+        (["cut.jpg", "out.png"], "cut off"),
+        (["noise.png", "out.png"], "not a picture"),
+        (["huge.png", "out.png"], "100000 x 100000"),
+        (["long.png", "out.webp"], "16383"),
     ],
 )
 def test_restore_refuses_with_a_reason(
@@ -142,10 +154,36 @@ def test_restore_refuses_with_a_reason(
     Path("text.png").write_text("this is no picture")
     Path("good.png").write_bytes(encode(photo(20, 20)))
     Path("alpha.png").write_bytes(encode(photo(20, 20), alpha=np.zeros((20, 20), np.uint8)))
+    Path("cut.jpg").write_bytes(encode(photo(40, 40), "jpeg")[:-200])
+    Path("noise.png").write_bytes(np.random.default_rng(0).bytes(5000))
+    Path("huge.png").write_bytes(_claiming(encode(photo(8, 8)), 100_000, 100_000))
+    Path("long.png").write_bytes(encode(photo(1, 5000)))
     code, out, err = run("restore", model, *arguments)
     assert code in (1, 2)
     assert told in err and "Traceback" not in err + out
-    assert not Path("out.png").exists() and not Path("out.jpg").exists()
+    assert not list(Path().glob("out.*"))
+
+
+def _claiming(png: bytes, width: int, height: int) -> bytes:
+    """The PNG with another size in its header."""
+    size = struct.pack(">II", width, height)
+    checksum = struct.pack(">I", zlib.crc32(b"IHDR" + size + png[24:29]))
+    return png[:16] + size + png[24:29] + checksum + png[33:]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 10_000), (2000, 50)])
+def test_restore_takes_any_extent(
+    run: Run, model: str, photo: Callable[..., np.ndarray], height: int, width: int
+) -> None:
+    Path("in.png").write_bytes(encode(photo(height, width)))
+    code, out, err = run("restore", model, "in.png", "out.png", "--tile", "96")
+    assert code == 0, err
+    assert f"{4 * width} x {4 * height}" in out
+    restored = decode(Path("out.png").read_bytes()).rgb
+    assert restored.shape == (4 * height, 4 * width, 3)
+    # An untrained network is bicubic, but for its mirrored edges.
+    exact = bicubic_upsample(photo(height, width)).astype(int)
+    assert np.abs(restored - exact).mean() < 1
 
 
 def test_port_in_use_is_told_before_anything_starts(run: Run, model: str) -> None:
