@@ -20,6 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import cast
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -33,10 +34,12 @@ from teasr.backbones.dit import (
     Branch,
     DiTSettings,
     DualBranchBlock,
+    Prepared,
     _from_tokens,
     _to_tokens,
     rotary_table,
     rotate,
+    upsample,
 )
 from teasr.backbones.folder import compute_dtype
 from teasr.objective import interpolate, mean_square, one_step_image
@@ -51,10 +54,13 @@ KINDS = {
 class PlainDiT(DualBranchDiT):
     """The same function of the same weights, written the plain way."""
 
-    def _image(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
+    def prepare(self, condition: Tensor) -> Prepared:
+        features = self.stem(self._whole_windows(condition, 1).to(self.dtype).contiguous())
+        return Prepared(upsample(condition.float(), self.scale), features)
+
+    def _residual(self, x_t: Tensor, t: Tensor, r: Tensor, local: Tensor) -> Tensor:
         settings = self.settings
-        rows, columns = (side // settings.patch for side in condition.shape[-2:])
-        local = self.stem(condition.contiguous())
+        rows, columns = (side // settings.patch for side in local.shape[-2:])
         fine = functional.pixel_unshuffle(x_t, settings.scale)
         streams = (
             self.noise_tokens(_to_tokens(fine, settings.patch)),
@@ -77,7 +83,7 @@ class PlainDiT(DualBranchDiT):
         features = _from_tokens(self.output_tokens(features), rows, columns, settings.patch)
         gain = self.fine_gain(level)[:, :, None, None]
         features = (features + local + gain * self.fine_features(fine)).contiguous()
-        return functional.pixel_shuffle(self.head(features), settings.scale)
+        return cast(Tensor, self.head(features))
 
     def _plain_block(
         self,
