@@ -20,14 +20,12 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import cv2
-import torch
-from peers import METRICS, Pair, counts, pairs_of_dataset, pairs_of_folder, pairs_of_samples
+from peers import METRICS, Pair, add_source, counts, lpips_of, one_core, pairs_of
 
 from teasr import registry
 from teasr.backbones import DualBranchDiT, load_backbone
 from teasr.errors import TeasrError
-from teasr.lpips import Lpips, find_weights
+from teasr.lpips import Lpips
 from teasr.metrics import score
 from teasr.niqe import niqe
 from teasr.plots import Curves, Point, document
@@ -117,10 +115,7 @@ def styles(text: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--benchmark", type=Path, help="folder with hr and lr_NAME")
-    source.add_argument("--data", help="pair dataset of `teasr synthesize`")
-    parser.add_argument("--model", default="teasr-s", help="built-in model, folder or MLflow URI")
+    add_source(parser)
     parser.add_argument("--steps", default=STEPS, type=counts, help=f"[default: {STEPS}]")
     parser.add_argument(
         "--styles",
@@ -128,12 +123,7 @@ def main() -> None:
         type=styles,
         help=f"of {'; '.join(STYLES)} [default: all but heun]",
     )
-    parser.add_argument("--lpips", help="LPIPS weights [default: $TEASR_LPIPS]")
     parser.add_argument("--svg", type=Path, help="plot of the first set, such as docs/dial.svg")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures of each set")
-    parser.add_argument(
-        "--quick", dest="limit", action="store_const", const=2, help="same as --limit 2"
-    )
     try:
         run(parser.parse_args())
     except TeasrError as error:
@@ -141,19 +131,8 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    if arguments.benchmark:
-        sets = pairs_of_folder(arguments.benchmark, arguments.limit)
-    elif arguments.data:
-        sets = pairs_of_dataset(arguments.data, arguments.limit)
-    else:
-        sets = pairs_of_samples(arguments.limit)
-    weights = find_weights("alex", arguments.lpips)
-    lpips = None if weights is None else Lpips.load(weights)
-    if lpips is None:
-        print("LPIPS is not measured: give --lpips FOLDER or set TEASR_LPIPS.")
+    one_core()
+    sets, lpips = pairs_of(arguments), lpips_of(arguments)
     network = load_backbone(registry.resolve(arguments.model))
     print(f"{registry.describe(arguments.model)}; one thread on one core")
     keys = [(style, steps) for style in arguments.styles for steps in arguments.steps]

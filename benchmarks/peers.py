@@ -556,6 +556,48 @@ def _not_started(lr: Bytes) -> tuple[Bytes, float]:
     raise AssertionError("every picture is stored")
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `pairs_of` reads, and the model and LPIPS weights to measure with."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--benchmark", type=Path, help="folder with hr and lr_NAME")
+    source.add_argument("--data", help="pair dataset of `teasr synthesize`")
+    parser.add_argument("--model", default="teasr-s", help="built-in model, folder or MLflow URI")
+    parser.add_argument("--lpips", help="LPIPS weights [default: $TEASR_LPIPS]")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures of each set")
+    parser.add_argument(
+        "--quick", dest="limit", action="store_const", const=2, help="same as --limit 2"
+    )
+
+
+def pairs_of(arguments: argparse.Namespace) -> dict[str, list[Pair]]:
+    """The pictures that the arguments of `add_source` choose, by set.
+
+    Raises:
+        TeasrError: as the functions for each kind of source.
+    """
+    if arguments.benchmark:
+        return pairs_of_folder(arguments.benchmark, arguments.limit)
+    if arguments.data:
+        return pairs_of_dataset(arguments.data, arguments.limit)
+    return pairs_of_samples(arguments.limit)
+
+
+def one_core() -> None:
+    """Bind this process, and those it starts, to one core, with one thread each."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def lpips_of(arguments: argparse.Namespace) -> Lpips | None:
+    """AlexNet's LPIPS by `--lpips`, or None, and says so."""
+    weights = find_weights("alex", arguments.lpips)
+    if weights is None:
+        print("LPIPS is not measured: give --lpips FOLDER or set TEASR_LPIPS.")
+        return None
+    return Lpips.load(weights)
+
+
 def counts(text: str) -> list[int]:
     """Numbers that are separated by commas."""
     return [int(count) for count in text.split(",")]
@@ -563,19 +605,11 @@ def counts(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--benchmark", type=Path, help="folder with hr and lr_NAME")
-    source.add_argument("--data", help="pair dataset of `teasr synthesize`")
-    parser.add_argument("--model", default="teasr-s", help="built-in model, folder or MLflow URI")
+    add_source(parser)
     parser.add_argument("--steps", default="1,2,4", type=counts, help="steps of the model")
-    parser.add_argument("--lpips", help="LPIPS weights [default: $TEASR_LPIPS]")
     parser.add_argument("--out", type=Path, help="folder for pictures, sheets and the CSV")
     parser.add_argument("--reuse", action="store_true", help="the peers' pictures that --out has")
     parser.add_argument("--peers-venv", type=Path, help="environment with the peers' wheels")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures of each set")
-    parser.add_argument(
-        "--quick", dest="limit", action="store_const", const=2, help="same as --limit 2"
-    )
     arguments = parser.parse_args()
     if arguments.reuse and not arguments.out:
         parser.error("--reuse needs the --out of an earlier run")
@@ -586,19 +620,8 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the peers' processes inherit it
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    if arguments.benchmark:
-        sets = pairs_of_folder(arguments.benchmark, arguments.limit)
-    elif arguments.data:
-        sets = pairs_of_dataset(arguments.data, arguments.limit)
-    else:
-        sets = pairs_of_samples(arguments.limit)
-    weights = find_weights("alex", arguments.lpips)
-    lpips = None if weights is None else Lpips.load(weights)
-    if lpips is None:
-        print("LPIPS is not measured: give --lpips FOLDER or set TEASR_LPIPS.")
+    one_core()
+    sets, lpips = pairs_of(arguments), lpips_of(arguments)
     network = load_backbone(registry.resolve(arguments.model))
     models = {
         f"teasr {system_name(count)}": timed(

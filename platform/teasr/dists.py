@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from teasr.errors import TeasrError
-from teasr.lpips import convolutions, find_file, read_weights
+from teasr.lpips import check_names, convolutions, find_file, read_weights
 
 CONVOLUTIONS = 13
 TAPS = (1, 3, 6, 9, 12)  # convolutions whose ReLU is looked at
@@ -146,12 +146,7 @@ def find_weights(path: str | Path | None = None) -> Path | None:
 def _check(weights: Mapping[str, Tensor], source: str) -> None:
     expected = [f"conv{i}.{kind}" for i in range(CONVOLUTIONS) for kind in ("weight", "bias")]
     expected += ["alpha", "beta"]
-    missing = [name for name in expected if name not in weights]
-    unknown = [name for name in weights if name not in expected]
-    if missing or unknown:
-        problems = [f"{', '.join(missing)} missing"] if missing else []
-        problems += [f"{', '.join(unknown)} unknown"] if unknown else []
-        raise TeasrError(f"{source}: not DISTS weights: {'; '.join(problems)}.")
+    check_names(weights, expected, "DISTS weights", source)
     channels, total = 3, 3
     for index in range(CONVOLUTIONS):
         kernel = weights[f"conv{index}.weight"]

@@ -40,7 +40,7 @@ class TeacherStudent(Backbone):
 
     def __init__(self, start: Backbone) -> None:
         super().__init__()
-        self.scale, self.multiple = start.scale, start.multiple
+        self.scale, self.multiple, self.period = start.scale, start.multiple, start.period
         self.student = start
         self.fake = copy.deepcopy(start)
         self.teacher = copy.deepcopy(start).requires_grad_(False)

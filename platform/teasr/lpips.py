@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -262,16 +262,30 @@ def _unit_length(features: Tensor) -> Tensor:
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
-def _check(weights: Mapping[str, Tensor], layout: _Layout, network: Network, source: str) -> None:
-    count = len(layout.strides)
-    expected = [f"conv{i}.{kind}" for i in range(count) for kind in ("weight", "bias")]
-    expected += [f"lin{i}.weight" for i in range(5)]
+def check_names(
+    weights: Mapping[str, Tensor], expected: Sequence[str], what: str, source: str
+) -> None:
+    """Refuse tensors other than the `expected` ones.
+
+    Args:
+        what, source: named in the error: what the tensors are not, and where they are from.
+
+    Raises:
+        TeasrError: naming the tensors that are missing or unknown.
+    """
     missing = [name for name in expected if name not in weights]
     unknown = [name for name in weights if name not in expected]
     if missing or unknown:
         problems = [f"{', '.join(missing)} missing"] if missing else []
         problems += [f"{', '.join(unknown)} unknown"] if unknown else []
-        raise TeasrError(f"{source}: not LPIPS weights ({network}): {'; '.join(problems)}.")
+        raise TeasrError(f"{source}: not {what}: {'; '.join(problems)}.")
+
+
+def _check(weights: Mapping[str, Tensor], layout: _Layout, network: Network, source: str) -> None:
+    count = len(layout.strides)
+    expected = [f"conv{i}.{kind}" for i in range(count) for kind in ("weight", "bias")]
+    expected += [f"lin{i}.weight" for i in range(5)]
+    check_names(weights, expected, f"LPIPS weights ({network})", source)
     channels, taps = 3, iter(range(5))
     for index in range(count):
         kernel, name = weights[f"conv{index}.weight"], f"conv{index}"

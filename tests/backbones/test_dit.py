@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from pydantic import ValidationError
-from torch import Tensor
 
 from teasr.backbones.base import MINIMUM_TIME, velocity_from_image
 from teasr.backbones.dit import (
@@ -25,34 +24,7 @@ from teasr.backbones.dit import (
 )
 from teasr.images import bicubic_upsample
 from teasr.restoration import RestorationSettings, restore
-
-
-def network(seed: int | None = None, **changes: int) -> DualBranchDiT:
-    """The smallest preset; with a seed, every parameter is moved off its initial value."""
-    torch.manual_seed(0)
-    made = DualBranchDiT(PRESETS["teasr-xs"].model_copy(update=changes)).eval()
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in made.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return made
-
-
-def inputs(rows: int = 8, columns: int = 8, count: int = 2) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    condition = torch.rand(count, 3, rows, columns, generator=generator) * 2 - 1
-    x_t = torch.randn(count, 3, 4 * rows, 4 * columns, generator=generator)
-    t, r = torch.full((count,), 0.8), torch.full((count,), 0.3)
-    return x_t, t, r, condition
-
-
-@torch.no_grad()
-def residual(made: DualBranchDiT, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
-    """What the network adds to the bicubic picture: free of the t in the conversion."""
-    velocity = made(x_t, t, r, condition)
-    level = t.abs().clamp(min=MINIMUM_TIME).view(-1, 1, 1, 1)
-    return x_t - level * velocity - upsample(condition, 4)
-
+from tests.backbones.networks import inputs, network, residual
 
 PATCH, WINDOW = PRESETS["teasr-xs"].patch, PRESETS["teasr-xs"].window
 PERIOD = PATCH * WINDOW

@@ -4,35 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from teasr.backbones.base import MINIMUM_TIME
-from teasr.backbones.dit import PRESETS, DualBranchDiT, upsample
-
-
-def inputs(side: int = 8, count: int = 2) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    condition = torch.rand(count, 3, side, side, generator=generator) * 2 - 1
-    x_t = torch.randn(count, 3, 4 * side, 4 * side, generator=generator)
-    t, r = torch.full((count,), 0.8), torch.full((count,), 0.3)
-    return x_t, t, r, condition
-
-
-@torch.no_grad()
-def residual(made: DualBranchDiT, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
-    """What the network adds to the bicubic picture: free of the t in the conversion."""
-    velocity = made(x_t, t, r, condition)
-    level = t.abs().clamp(min=MINIMUM_TIME).view(-1, 1, 1, 1)
-    return x_t - level * velocity - upsample(condition, 4)
-
-
-def variant(**switches: str) -> DualBranchDiT:
-    torch.manual_seed(0)
-    made = DualBranchDiT(PRESETS["teasr-xs"].model_copy(update=switches)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return made
+from teasr.backbones.dit import PRESETS, DualBranchDiT
+from tests.backbones.networks import inputs, network, residual
 
 
 def test_summed_timesteps_give_both_branches_one_embedding() -> None:
@@ -40,18 +14,18 @@ def test_summed_timesteps_give_both_branches_one_embedding() -> None:
     x_t, t, r, condition = inputs()
     moved = []
     for timesteps in ("summed", "decoupled"):
-        made = variant(timesteps=timesteps)
+        made = network(0, timesteps=timesteps)
         made.target_embedding.load_state_dict(made.level_embedding.state_dict())
         swapped = residual(made, x_t, r, t, condition)
         moved.append(float((residual(made, x_t, t, r, condition) - swapped).abs().max()))
     assert moved[0] < 1e-4 < 1e-2 < moved[1]
-    assert variant(timesteps="summed").state_dict().keys() == variant().state_dict().keys()
+    assert network(0, timesteps="summed").state_dict().keys() == network(0).state_dict().keys()
 
 
 def test_a_single_branch_adds_tokens_at_the_input() -> None:
     """What one kind of tokens loses and the other gains, the network does not see."""
     x_t, t, r, condition = inputs()
-    single, dual = variant(branches="single"), variant()
+    single, dual = network(0, branches="single"), network(0)
     assert not [name for name in single.state_dict() if ".condition." in name]
     ratio = sum(p.numel() for p in single.blocks.parameters()) / sum(
         p.numel() for p in dual.blocks.parameters()
@@ -68,8 +42,8 @@ def test_a_single_branch_adds_tokens_at_the_input() -> None:
 
 @pytest.mark.parametrize("switches", [{"branches": "single"}, {"timesteps": "summed"}])
 def test_variants_depend_on_every_input_and_train_every_weight(switches: dict[str, str]) -> None:
-    made = variant(**switches)
-    x_t, t, r, condition = inputs(40, 1)  # more than one attention window
+    made = network(0, **switches)
+    x_t, t, r, condition = inputs(40, 40, 1)  # more than one attention window
     base = residual(made, x_t, t, r, condition)
     for other in (
         (x_t.flip(-1), t, r, condition),
