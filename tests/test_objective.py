@@ -22,6 +22,7 @@ from teasr.objective import (
     Objective,
     ObjectiveSettings,
     Rows,
+    detail,
     draw_times,
     interpolate,
     mean_square,
@@ -31,6 +32,7 @@ from teasr.objective import (
     rcgm_target,
     rectification_target,
     rectification_weight,
+    sharpened,
     step_back,
 )
 
@@ -347,6 +349,96 @@ def test_pixel_weight_has_a_floor() -> None:
 
 
 # -------------------------------------------------------------------------------------------- times
+
+
+def step_edge(low: float, high: float) -> Tensor:
+    x = torch.full((1, 3, 24, 24), low)
+    x[..., 12:] = high
+    return x
+
+
+def test_sharpening_leaves_evenness_ramps_and_faint_noise_alone() -> None:
+    even = torch.full((1, 3, 24, 24), 0.3)
+    ramp = torch.linspace(-0.9, 0.9, 24).expand(1, 3, 24, 24)
+    torch.testing.assert_close(sharpened(even, 2.0), even)
+    inside = (..., slice(6, -6), slice(6, -6))  # mirrored at the borders, a ramp has a kink there
+    torch.testing.assert_close(sharpened(ramp, 2.0)[inside], ramp[inside], atol=1e-6, rtol=0)
+    faint = even + 0.004 * torch.randn(even.shape, generator=torch.Generator().manual_seed(0))
+    moved = (sharpened(faint, 1.0) - faint).abs().mean() / (faint - even).abs().mean()
+    assert moved < 0.2  # half a level of 255: an unsharp mask without threshold moves it by 0.9
+    assert sharpened(faint, 0.0) is faint
+
+
+def test_sharpening_steepens_an_edge_within_the_range_of_pictures() -> None:
+    for amount in (0.5, 1.0):
+        edge = step_edge(-0.5, 0.5)
+        sharp = sharpened(edge, amount)
+        # Beside a step, a blur is off by the share of its kernel that lies across.
+        offsets = torch.arange(-4, 5, dtype=torch.float64)
+        kernel = torch.exp(-offsets.square() / (2 * 1.5**2))
+        tail = float(kernel[offsets > 0].sum() / kernel.sum())
+        torch.testing.assert_close(
+            sharp[0, :, 12, 12], torch.full((3,), 0.5 + amount * tail), atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(sharp.flip(3), -sharp)
+    assert float(sharpened(step_edge(-1.0, 1.0), 5.0).abs().max()) == 1.0
+
+
+def test_detail_is_fine_texture_and_edges_not_ramps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    texture = 0.2 * torch.randn(1, 3, 32, 32, generator=generator)
+    assert float(detail(texture, 0.05).min()) > 0.99
+    ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    torch.testing.assert_close(
+        detail(ramp, 0.05)[..., 12:-12], torch.zeros(1, 1, 32, 8), atol=1e-6, rtol=0
+    )
+    edge = detail(step_edge(-0.5, 0.5), 0.05)[0, 0, 12]
+    assert float(edge[12]) > 0.99 and float(edge[0]) < 1e-6
+    assert torch.equal(detail(ramp, 0.0), torch.ones(1, 1, 32, 32))
+    # Between a third of the level and the level it rises with the root mean square.
+    half = torch.full((1, 3, 32, 32), 0.0)
+    half[..., ::2, ::2] = half[..., 1::2, 1::2] = 0.02  # a chequerboard of +-0.01 about its mean
+    size = 0.01 * float(1 - _chequer_gain())
+    torch.testing.assert_close(
+        float(detail(half, 0.016)[0, 0, 16, 16]), 1.5 * size / 0.016 - 0.5, atol=1e-3, rtol=0
+    )
+
+
+def _chequer_gain() -> float:
+    """What a Gaussian of deviation 1.5, cut at 4 pixels, leaves of a chequerboard."""
+    offsets = torch.arange(-4, 5)
+    kernel = torch.exp(-offsets.square() / (2 * 1.5**2))
+    return float(((kernel / kernel.sum()) * (-1.0) ** offsets).sum()) ** 2
+
+
+def test_lpips_sees_detail_alone_and_pixels_a_sharpened_target() -> None:
+    """Left half even, right half textured: LPIPS has no gradient on the left."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(1, 3, 64, 64)
+    x[..., 40:] = 0.3 * torch.randn(1, 3, 64, 24, generator=generator)
+    seen = detail(x, 0.05)
+    assert float(seen[..., :24].max()) == 0 and float(seen[..., 48:].min()) == 1
+    x_hat = (x + 0.1 * torch.randn(x.shape, generator=generator)).requires_grad_()
+
+    def network(x_t: Tensor, t: Tensor, r: Tensor, condition: object) -> Tensor:
+        return (x_t - x_hat) / t.view(-1, 1, 1, 1)
+
+    settings = ObjectiveSettings.model_validate(
+        only(pixel_lpips=1.0)
+        | {"pixel_lpips_detail": 0.05, "pixel_floor": 1.0, "pure_noise_share": 1.0}
+    )
+    losses = Objective(settings, tiny_lpips())(network, x, x, torch.Generator().manual_seed(0))
+    losses.total.backward()
+    assert x_hat.grad is not None
+    assert float(x_hat.grad[..., :24].abs().max()) == 0
+    assert float(x_hat.grad[..., 48:].abs().min(1).values.max()) > 0
+    settings = ObjectiveSettings.model_validate(
+        only(pixel_l1=1.0) | {"pixel_sharpen": 0.5, "pixel_floor": 1.0, "pure_noise_share": 1.0}
+    )
+    losses = Objective(settings)(network, x, x, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        losses.terms["pixel_l1"], (x_hat - sharpened(x, 0.5)).abs().flatten(1).mean(1)
+    )
 
 
 def test_times_keep_their_ranges() -> None:
