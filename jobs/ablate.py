@@ -3,8 +3,8 @@
 A variant is a recipe in `recipes/ablations/` that extends `base` by what it changes. All variants
 go on from one start, which pixel terms and flow matching have made (`start.yaml`); a variant whose
 network has another shape gets a start of its own, by the same recipe and budget. From there each
-has the same minutes of training: what a variant costs counts, and how many pairs it saw is told
-beside its figures. With `training.steps=N training.minutes=null` the steps are equal instead.
+has the same optimizer steps, so that a busy machine changes no figure; what a variant costs is told
+beside them. With minutes given, the time is equal instead, and the pairs seen are told.
 
 Every variant and seed is an ordinary distillation and evaluation with a run in MLflow (tags
 `ablation` and `seed`). What is finished is kept: the same command goes on after an interruption,
@@ -62,11 +62,11 @@ class Budget:
     pairs: str
     """Pair dataset to measure on."""
     minutes: float | None = None
-    """Training time of each variant; None leaves it to the recipe."""
+    """Training time of each variant, in place of the recipe's steps."""
     start_minutes: float | None = None
-    """Training time of each start; None leaves it to the recipe."""
+    """Training time of each start, in place of the recipe's steps."""
     overrides: tuple[str, ...] = ()
-    """Changes to `base.yaml`, beneath what variants change."""
+    """Changes to `base.yaml`, beneath what variants change; those of `training` hold for starts too."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,12 @@ def ablate(
 def _load(
     name: str, budget: Budget, minutes: float | None, overrides: Iterable[str] = (), **fixed: Any
 ) -> Recipe:
-    beneath = list(budget.overrides)
+    # How long is the same for all; everything else may be what a variant is about.
+    length = [text for text in budget.overrides if text.startswith("training.")]
+    beneath = [text for text in budget.overrides if text not in length]
     if minutes is not None:
-        beneath.append(f"training.minutes={minutes}")
+        length += [f"training.minutes={minutes}", "training.steps=null"]
+    overrides = [*length, *overrides]
     return load_recipe(f"{FOLDER}/{name}", overrides, beneath=beneath, data=budget.data, **fixed)
 
 
