@@ -66,7 +66,7 @@ class Budget:
     start_minutes: float | None = None
     """Training time of each start, in place of the recipe's steps."""
     overrides: tuple[str, ...] = ()
-    """Changes to `base.yaml`, beneath what variants change; those of `training` hold for starts too."""
+    """Changes to `base.yaml`, beneath what variants change; those of `training` lie over all."""
 
 
 @dataclass(frozen=True)
