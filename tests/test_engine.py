@@ -349,7 +349,7 @@ def test_deepspeed_is_told_every_setting() -> None:
     assert config["gradient_clipping"] == 0.0
     assert config["bf16"] == {"enabled": True}
     assert config["zero_optimization"]["stage"] == 2
-    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     parameters = config["optimizer"]["params"]
     assert parameters["lr"] == 0.25 and parameters["betas"] == [0.5, 0.75]
     assert parameters["weight_decay"] == 0.125

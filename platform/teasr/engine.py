@@ -1,9 +1,10 @@
-"""One class over DeepSpeed: ZeRO stages 0 to 3 and optimizer offload, on GPUs or on a CPU, by
-settings alone.
+"""One class over DeepSpeed: ZeRO stages 0 to 3, parameters and optimizer in host memory or on NVMe,
+on GPUs or on a CPU, by settings alone.
 
 The method knows nothing of DeepSpeed; it is handed `Engine.network`, a callable, and gives back a
 loss. All that must be said to DeepSpeed (its backward, its learning rate, its collective saves)
-is said here.
+is said here. Parameters that do not require gradients are the caller's: they take no optimizer
+state, and no checkpoint holds them.
 """
 
 from __future__ import annotations
@@ -12,18 +13,30 @@ import contextlib
 import logging
 import math
 import os
+import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
 
+from teasr import checkpoints
 from teasr.backbones.base import Backbone
 from teasr.backbones.folder import compute_dtype
 from teasr.config import Settings
-from teasr.errors import TeasrError
+from teasr.errors import TeasrError, UsageError
+
+log = logging.getLogger(__name__)
+
+SWAPPED_BYTES = 1 << 20
+"""DeepSpeed leaves smaller partitions of parameters in host memory, whatever it is told."""
+TRAINED_IN_MEMORY = 1_000_000_000
+"""Trained elements per worker that DeepSpeed keeps in host memory beside NVMe (its `max_in_cpu`).
+Those beyond it cannot be loaded from a checkpoint (DeepSpeed 0.19)."""
 
 
 class EngineSettings(Settings):
@@ -31,8 +44,15 @@ class EngineSettings(Settings):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO: 1 shards the optimizer, 2 also gradients, 3 also parameters."""
-    offload_optimizer: bool = False
-    """Keep optimizer states and fp32 weights in host memory (GPU recipes; needs a C++ compiler)."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters wait for their turn: `none` on the device, `cpu` in host memory, `nvme` in
+    files under `nvme_path`. Each pass streams all of them; needs `zero_stage` 3."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep optimizer states and fp32 weights on the device (`none`) or in host memory (`cpu`)."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk with room for all parameters, for `offload_parameters: nvme`."""
+    gradient_checkpointing: bool = False
+    """Compute the activations of each block a second time in backward instead of keeping them."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute type; `auto` takes bf16 where the hardware multiplies it faster."""
     learning_rate: float = Field(5e-5, gt=0)
@@ -52,10 +72,30 @@ class EngineSettings(Settings):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the average of the weights that is evaluated and registered; 0 keeps none."""
 
+    @field_validator("offload_optimizer", mode="before")
+    @classmethod
+    def _not_to_nvme(cls, value: Any) -> Any:
+        if value == "nvme":
+            raise ValueError(
+                "'none' or 'cpu' is expected: DeepSpeed 0.19 loses the moments of an optimizer on "
+                "NVMe when it loads a checkpoint, so that a resumed run would be another one; "
+                "parameters may go there, by offload_parameters=nvme"
+            )
+        if isinstance(value, bool):
+            return "cpu" if value else "none"
+        return value
+
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> EngineSettings:
-        if self.offload_optimizer and self.zero_stage == 0:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters={self.offload_parameters} needs zero_stage 3: the other "
+                "stages keep whole parameters on the device"
+            )
+        if self.offload_parameters == "nvme" and not self.nvme_path:
+            raise ValueError("offload_parameters=nvme needs nvme_path, a folder on a fast disk")
         return self
 
     @property
@@ -72,11 +112,29 @@ class EngineSettings(Settings):
         low = self.final_learning_rate_share
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def deepspeed_config(self, micro_batch: int) -> dict[str, Any]:
-        """The configuration that is handed to `deepspeed.initialize`."""
+    def deepspeed_config(
+        self, micro_batch: int, buffers: NvmeBuffers | None = None
+    ) -> dict[str, Any]:
+        """The configuration that is handed to `deepspeed.initialize`.
+
+        Args:
+            buffers: of the network, for `offload_parameters: nvme`.
+        """
+        pin = torch.cuda.is_available()  # of use only for copies to a device
         zero: dict[str, Any] = {"stage": self.zero_stage}
-        if self.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.offload_optimizer != "none":
+            zero["offload_optimizer"] = {"device": self.offload_optimizer, "pin_memory": pin}
+        if self.offload_parameters != "none":
+            zero["offload_param"] = {"device": self.offload_parameters, "pin_memory": pin}
+        if self.offload_parameters == "nvme":
+            assert self.nvme_path is not None
+            buffers = buffers or NvmeBuffers()
+            zero["offload_param"] |= {
+                "nvme_path": self.nvme_path,
+                "max_in_cpu": TRAINED_IN_MEMORY,
+                "buffer_count": buffers.count,
+                "buffer_size": buffers.elements,
+            }
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": self.gradient_accumulation,
@@ -97,6 +155,97 @@ class EngineSettings(Settings):
         }
 
 
+def check_offload(settings: EngineSettings) -> None:
+    """Refuse an offload that this machine cannot do.
+
+    Raises:
+        UsageError: `nvme_path` is no folder or not writable; or its files need asynchronous I/O,
+            and there is no C++ compiler or no libaio to compile it with.
+    """
+    if settings.offload_parameters != "nvme":
+        return  # host memory needs nothing: torch's AdamW is not compiled
+    remains = "Or set engine.offload_parameters=cpu, which needs neither."
+    path = Path(str(settings.nvme_path))
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        problem = "is not writable" if path.is_dir() else "is not a folder on this machine"
+        raise UsageError(
+            f"'engine.nvme_path': {path} {problem}.",
+            "Give a writable folder on a fast local disk. " + remains,
+        )
+    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        raise UsageError(
+            "engine.offload_parameters=nvme: there is no C++ compiler, and DeepSpeed compiles its "
+            "asynchronous I/O on first use.",
+            f"Install one (Debian, Ubuntu: apt-get install g++). {remains}",
+        )
+    if not _asynchronous_io().is_compatible():
+        raise UsageError(
+            "engine.offload_parameters=nvme: libaio or its headers are missing, which DeepSpeed's "
+            "asynchronous I/O is made with.",
+            f"Install them (Debian, Ubuntu: apt-get install libaio-dev). {remains}",
+        )
+
+
+def prepare_offload(settings: EngineSettings) -> None:
+    """`check_offload`, then compile what the offload needs, once per machine.
+
+    To be called before workers start: together they would wait for one compilation for minutes.
+
+    Raises:
+        UsageError: see `check_offload`. TeasrError: when it does not compile.
+    """
+    check_offload(settings)
+    if settings.offload_parameters != "nvme":
+        return
+    builder, begin = _asynchronous_io(), time.monotonic()
+    log.warning("DeepSpeed's asynchronous I/O is loaded; on first use it compiles some 4 minutes.")
+    try:
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):  # noqa: PTH123
+            builder.load(verbose=False)
+    except Exception as error:  # whatever a compiler can meet
+        raise TeasrError(
+            f"DeepSpeed's asynchronous I/O does not compile: {str(error).splitlines()[-1]}",
+            "Set engine.offload_parameters=cpu, which does not need it.",
+        ) from error
+    log.warning("DeepSpeed's asynchronous I/O is ready, %.0f s.", time.monotonic() - begin)
+
+
+def _asynchronous_io() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder()
+
+
+@dataclass(frozen=True)
+class NvmeBuffers:
+    """Host memory through which parameters pass on their way from NVMe.
+
+    Attributes:
+        count: partitions that are in memory at a time.
+        elements: elements of each, enough for the largest.
+    """
+
+    count: int = 5
+    elements: int = 100_000_000
+
+    @classmethod
+    def for_network(cls, network: nn.Module, element_bytes: int, workers: int) -> NvmeBuffers:
+        """Room for the parameters of the largest block (an element of a `ModuleList`), each in a
+        buffer of its own, and for as many that are fetched ahead or held back for backward."""
+
+        def swapped(module: nn.Module) -> list[int]:
+            parts = (-(-p.numel() // workers) for p in module.parameters())
+            return [elements for elements in parts if elements * element_bytes >= SWAPPED_BYTES]
+
+        lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+        blocks = [len(swapped(block)) for blocks in lists for block in blocks]
+        everything = swapped(network)
+        count = min(2 * max(blocks, default=0), len(everything)) or len(everything)
+        return cls(max(count, 5), max(everything, default=SWAPPED_BYTES))
+
+
 class Engine:
     """A backbone under training.
 
@@ -115,15 +264,21 @@ class Engine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.settings = settings
+        _prepare(network, settings)
+        workers = int(os.environ.get("WORLD_SIZE", "1"))
+        if torch.distributed.is_initialized():
+            workers = torch.distributed.get_world_size()
+        _check_trained_size(network, settings, workers)
+        buffers = NvmeBuffers.for_network(network, settings.dtype.itemsize, workers)
         self._engine, *_ = deepspeed.initialize(
             model=network,
             model_parameters=[p for p in network.parameters() if p.requires_grad],
-            config=settings.deepspeed_config(micro_batch),
+            config=settings.deepspeed_config(micro_batch, buffers),
             dist_init_required=not torch.distributed.is_initialized(),
         )
         self.network = self._engine
         self._average = (
-            [_local(p).detach().float().clone() for p in self._trainable()]
+            [part.detach().float().clone() for part in self._parts()]
             if settings.ema_decay > 0
             else None
         )
@@ -162,12 +317,13 @@ class Engine:
         return None if norm is None else float(norm)
 
     def state_dict(self, average: bool = True) -> dict[str, Tensor]:
-        """Whole float32 weights by parameter name, the average of the weights if there is one."""
+        """Whole float32 weights by parameter name, the average of the weights if there is one;
+        without frozen parameters, which are as they were."""
         import deepspeed
 
         with self.averaged() if average else contextlib.nullcontext():
             result = {}
-            for name, parameter in self._engine.module.named_parameters():
+            for name, parameter in self._named_trainable():
                 with deepspeed.zero.GatheredParameters(
                     [parameter], enabled=self.settings.zero_stage == 3
                 ):
@@ -197,35 +353,96 @@ class Engine:
         return result
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint: weights, optimizer, average, and `state`, readable back by `load`."""
-        self._engine.save_checkpoint(str(folder), tag="engine", client_state={"teasr": state})
-        if self._average is not None:
-            rank = torch.distributed.get_rank()
-            torch.save({"average": self._average}, folder / f"average-{rank}.pt")
+        """Write a checkpoint: trained weights, optimizer, average, and `state`, each rank its part;
+        readable back by `load`."""
+        rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=checkpoints.ENGINE_FOLDER,
+            client_state={"teasr": state},
+            exclude_frozen_parameters=True,
+        )
+        sharded = self.settings.zero_stage == 3
+        if self._average is not None and (sharded or rank == 0):
+            names = [name for name, _ in self._named_trainable()]
+            checkpoints.save_average(folder, dict(zip(names, self._average)), rank)
+        if rank == 0:
+            checkpoints.Layout(
+                workers=workers,
+                zero_stage=self.settings.zero_stage,
+                average=self._average is not None,
+            ).write(folder)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Take up a checkpoint of `save` at the same world size and return its `state`.
+        """Take up a checkpoint of `save`, at whatever number of workers, and return its `state`.
+
+        Frozen parameters stay as they are. Written by another number of workers, it is converted
+        first (DeepSpeed's universal checkpoint), in a temporary folder.
 
         Raises:
             TeasrError: when the folder holds no checkpoint that fits.
         """
-        average = folder / f"average-{torch.distributed.get_rank()}.pt"
-        complete = self._average is None or average.is_file()
-        if not (complete and (folder / "engine").is_dir()):
+        layout = checkpoints.Layout.read(folder)
+        if layout.zero_stage != self.settings.zero_stage or (
+            self._average is not None and not layout.average
+        ):
             raise TeasrError(
-                f"{folder} holds no checkpoint of this run.",
-                "World size and engine.ema_decay must be those of the run that wrote it.",
+                f"{folder} holds a checkpoint of other engine settings: "
+                f"zero_stage={layout.zero_stage}, "
+                f"{'an' if layout.average else 'no'} average of the weights.",
+                "engine.zero_stage and engine.ema_decay must be those of the run that wrote it.",
             )
-        _, client = self._engine.load_checkpoint(str(folder), tag="engine")
+        # Without ZeRO every rank has everything: any number of workers reads it.
+        if self.settings.zero_stage and layout.workers != torch.distributed.get_world_size():
+            with checkpoints.universal(folder) as converted:
+                client = self._load(converted, universal=True)
+        else:
+            client = self._load(folder, universal=False)
         if self._average is not None:
-            saved = torch.load(average, map_location=self.device, weights_only=True)
-            self._average = saved["average"]
+            self._load_average(folder, layout)
         self.steps = int(self._engine.global_steps)
         state: dict[str, Any] = client["teasr"]
         return state
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
-        return [p for p in self._engine.module.parameters() if p.requires_grad]
+    def _load(self, folder: Path, universal: bool) -> dict[str, Any]:
+        config = self._engine._config
+        config.load_universal_checkpoint = universal
+        try:
+            _, client = self._engine.load_checkpoint(
+                str(folder), tag=checkpoints.ENGINE_FOLDER, load_module_strict=False
+            )
+        finally:
+            config.load_universal_checkpoint = False
+        result: dict[str, Any] = client
+        return result
+
+    def _load_average(self, folder: Path, layout: checkpoints.Layout) -> None:
+        assert self._average is not None
+        rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        saved = checkpoints.load_average(folder, layout)
+        for average, (name, parameter) in zip(self._average, self._named_trainable()):
+            whole = saved[name]
+            if self.settings.zero_stage == 3:
+                whole = checkpoints.partition(whole, _elements(parameter), rank, workers)
+            average.copy_(whole.view_as(average))
+
+    def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        named = self._engine.module.named_parameters()
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self._named_trainable()]
+
+    def _parts(self) -> list[Tensor]:
+        """What this rank holds of each trained parameter: all of it, or under ZeRO-3 a flat slice
+        of the fp32 weights, which never leave memory."""
+        if self.settings.zero_stage < 3:
+            return [parameter.data for parameter in self._trainable()]
+        optimizer = self._engine.optimizer
+        return [
+            optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)[0].data
+            for parameter in self._trainable()
+        ]
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -233,29 +450,60 @@ class Engine:
             return
         # A short history first: the average forgets the initial weights as fast as a mean would.
         decay = min(self.settings.ema_decay, (1 + self.steps) / (10 + self.steps))
-        for average, parameter in zip(self._average, self._trainable()):
-            average.lerp_(_local(parameter).float(), 1 - decay)
+        for average, part in zip(self._average, self._parts()):
+            average.lerp_(part.float(), 1 - decay)
 
     @torch.no_grad()
     def _swap(self) -> None:
         assert self._average is not None
         if self._kept is None:
-            self._kept = [_local(p).clone() for p in self._trainable()]
-            for average, parameter in zip(self._average, self._trainable()):
-                _local(parameter).copy_(average)
+            self._kept = [part.clone() for part in self._parts()]
+            source = self._average
         else:
-            for kept, parameter in zip(self._kept, self._trainable()):
-                _local(parameter).copy_(kept)
-            self._kept = None
-        # ZeRO-3 keeps small parameters gathered on every rank: drop those copies, now stale.
-        persistent = getattr(self._engine.optimizer, "persistent_parameters", [])
+            source, self._kept = self._kept, None
+        for part, value in zip(self._parts(), source):
+            part.copy_(value)
+        if self.settings.zero_stage < 3:
+            return
+        optimizer = self._engine.optimizer
+        for group in range(len(optimizer.fp16_groups)):  # of whatever type
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        # Small parameters stay gathered on every rank: drop those copies, now stale.
+        persistent = optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
 
     _kept: list[Tensor] | None = None
 
 
-def _local(parameter: torch.nn.Parameter) -> Tensor:
-    """This rank's part of a parameter: under ZeRO-3 a flat slice, otherwise all of it."""
-    slice_: Tensor | None = getattr(parameter, "ds_tensor", None)
-    return parameter.data if slice_ is None else slice_
+def _prepare(network: nn.Module, settings: EngineSettings) -> None:
+    """What the settings say about the network itself."""
+    for parameter in network.parameters():
+        if not parameter.requires_grad and parameter.dtype in (torch.float32, torch.bfloat16):
+            parameter.data = parameter.data.to(settings.dtype)
+    able = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
+    if settings.gradient_checkpointing and not able:
+        raise UsageError(
+            f"engine.gradient_checkpointing: {type(network).__name__} cannot compute its "
+            "activations a second time.",
+            "Set it to false.",
+        )
+    for module in able:
+        setattr(module, "gradient_checkpointing", settings.gradient_checkpointing)  # noqa: B010
+
+
+def _check_trained_size(network: nn.Module, settings: EngineSettings, workers: int) -> None:
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    if settings.offload_parameters == "nvme" and trained > TRAINED_IN_MEMORY * workers:
+        raise UsageError(
+            f"engine.offload_parameters=nvme: {trained / 1e9:.1f} billion elements are trained; "
+            f"DeepSpeed 0.19 cannot load checkpoints of more than {TRAINED_IN_MEMORY / 1e9:.0f} "
+            "billion per worker from NVMe.",
+            "Set engine.offload_parameters=cpu, train with more workers, or train fewer "
+            "parameters (frozen ones may go to NVMe, however many they are).",
+        )
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 has cut it up."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

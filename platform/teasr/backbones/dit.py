@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as functional
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from teasr.backbones.base import Backbone, velocity_from_image
 from teasr.config import Settings
@@ -372,7 +373,12 @@ class DualBranchDiT(Backbone):
 
     `condition` is the low-resolution picture (N, 3, h, w) in [-1, 1], its sides multiples of
     `settings.patch`, or what `prepare` made of it; x_t is (N, 3, scale * h, scale * w).
+
+    Attributes:
+        gradient_checkpointing: compute a block's activations again in backward, not keep them.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, settings: DiTSettings) -> None:
         super().__init__()
@@ -461,7 +467,12 @@ class DualBranchDiT(Backbone):
         for i, block in enumerate(self.blocks):
             shift = settings.window // 2 * (i % 2)
             windows = Windows(rows, columns, high, wide, shift)
-            streams = block(streams, modulations, rotary, windows)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                streams = checkpoint(
+                    block, streams, modulations, rotary, windows, use_reentrant=False
+                )
+            else:
+                streams = block(streams, modulations, rotary, windows)
 
         features = functional.layer_norm(streams[0], (settings.width,))
         features = _from_tokens(self.output_tokens(features), rows, columns, settings.patch)
