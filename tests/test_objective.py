@@ -38,7 +38,7 @@ from teasr.objective import (
 
 N, SIDE = 6, 4
 WITHOUT_LPIPS = TERMS[:-1]
-ALL: dict[str, object] = {"pixel_l1": 1.0}
+ALL: dict[str, object] = {"pixel_l1": 1.0, "pixel_even": 1.0, "pixel_detail": 5.0}
 """What the defaults leave out."""
 
 
@@ -351,6 +351,17 @@ def test_pixel_weight_has_a_floor() -> None:
 # -------------------------------------------------------------------------------------------- times
 
 
+def fine_detail(x: Tensor) -> Tensor:
+    """x less its blur of deviation 1.5, as one matrix per axis: borders are repeated."""
+    side = x.shape[-1]
+    offsets = torch.arange(-4, 5)
+    kernel = torch.exp(-offsets.square() / (2 * 1.5**2)).double()
+    matrix = torch.zeros(side, side, dtype=torch.float64)
+    for i, (j, share) in itertools.product(range(side), zip(offsets, kernel / kernel.sum())):
+        matrix[i, min(max(i + int(j), 0), side - 1)] += share
+    return x - torch.einsum("ai,bj,ncij->ncab", matrix, matrix, x)
+
+
 def step_edge(low: float, high: float) -> Tensor:
     x = torch.full((1, 3, 24, 24), low)
     x[..., 12:] = high
@@ -361,7 +372,7 @@ def test_sharpening_leaves_evenness_ramps_and_faint_noise_alone() -> None:
     even = torch.full((1, 3, 24, 24), 0.3)
     ramp = torch.linspace(-0.9, 0.9, 24).expand(1, 3, 24, 24)
     torch.testing.assert_close(sharpened(even, 2.0), even)
-    inside = (..., slice(6, -6), slice(6, -6))  # mirrored at the borders, a ramp has a kink there
+    inside = (..., slice(6, -6), slice(6, -6))  # at the borders a ramp has a kink
     torch.testing.assert_close(sharpened(ramp, 2.0)[inside], ramp[inside], atol=1e-6, rtol=0)
     faint = even + 0.004 * torch.randn(even.shape, generator=torch.Generator().manual_seed(0))
     moved = (sharpened(faint, 1.0) - faint).abs().mean() / (faint - even).abs().mean()
@@ -424,8 +435,7 @@ def test_lpips_sees_detail_alone_and_pixels_a_sharpened_target() -> None:
         return (x_t - x_hat) / t.view(-1, 1, 1, 1)
 
     settings = ObjectiveSettings.model_validate(
-        only(pixel_lpips=1.0)
-        | {"pixel_lpips_detail": 0.05, "pixel_floor": 1.0, "pure_noise_share": 1.0}
+        only(pixel_lpips=1.0) | {"pixel_detail": 0.05, "pixel_floor": 1.0, "pure_noise_share": 1.0}
     )
     losses = Objective(settings, tiny_lpips())(network, x, x, torch.Generator().manual_seed(0))
     losses.total.backward()
@@ -439,6 +449,18 @@ def test_lpips_sees_detail_alone_and_pixels_a_sharpened_target() -> None:
     torch.testing.assert_close(
         losses.terms["pixel_l1"], (x_hat - sharpened(x, 0.5)).abs().flatten(1).mean(1)
     )
+    # Grain counts in even areas, an error of tone and anything in textured areas does not.
+    settings = ObjectiveSettings.model_validate(
+        only(pixel_even=1.0) | {"pixel_detail": 0.05, "pixel_floor": 1.0, "pure_noise_share": 1.0}
+    )
+    for error, expected in (
+        (0.1 * (x_hat.detach() - x).sign() * (seen == 0), True),
+        (torch.full_like(x, 0.1), False),
+        (0.1 * (x_hat.detach() - x).sign() * (seen == 1), False),
+    ):
+        x_hat = x + error
+        losses = Objective(settings)(network, x, x, torch.Generator().manual_seed(0))
+        assert (float(losses.terms["pixel_even"]) > 1e-3) == expected
 
 
 def test_times_keep_their_ranges() -> None:
@@ -521,7 +543,7 @@ def test_a_teacher_without_its_terms_is_refused(missing: str) -> None:
 def test_the_exact_solution_is_a_fixed_point_of_every_term() -> None:
     """Data are one point and the network is exact: no term has anything to say."""
     x = torch.full((N, 3, SIDE, SIDE), 0.3, dtype=torch.float64)
-    losses = Objective(ObjectiveSettings(pixel_l1=1.0))(
+    losses = Objective(ObjectiveSettings.model_validate(ALL))(
         PointFlow(0.3), x, x, torch.Generator().manual_seed(0)
     )
     assert set(losses.terms) == set(WITHOUT_LPIPS)
@@ -594,6 +616,8 @@ def reference(calls: list[Call], settings: ObjectiveSettings, network: Velocity)
     total = total + settings.pixel_mse * ((1 - t[end]) * pixels).mean()
     absolute = (x_hat - x).abs().flatten(1).mean(1)
     total = total + settings.pixel_l1 * ((1 - t[end]) * absolute).mean()
+    grain = (fine_detail(x_hat) - fine_detail(x)).abs().flatten(1).mean(1)
+    total = total + settings.pixel_even * ((1 - t[end]) * grain).mean()
 
     fixed = x_t[end] - column(t[end]) * prediction[end]
     v_twin = (twin.x_t - fixed) / column(twin.t.abs().double())
@@ -856,7 +880,7 @@ def test_target_network_serves_the_consistency_target_only() -> None:
 
 def test_before_self_adversarial_after_only_pixels_train_in_one_pass() -> None:
     recorder = Recorder(Smooth())
-    weights = {"pixel_mse": 2.0, "pixel_l1": 0.0}
+    weights = {"pixel_mse": 2.0, "pixel_l1": 0.0, "pixel_even": 0.0}
     losses = run(recorder, progress=0.59, self_adversarial_after=0.6, **weights)
     (call,) = recorder.calls
     assert call.gradient and not call.r.any() and set(losses.terms) == {"pixel_mse"}
@@ -975,7 +999,8 @@ def test_lpips_of_one_step_images_carries_the_pixel_weight() -> None:
 def test_lpips_joins_after_its_share_of_the_run() -> None:
     generator = torch.Generator().manual_seed(0)
     x, condition = torch.rand(2, 2, 3, 32, 32, generator=generator, dtype=torch.float64) * 2 - 1
-    objective = Objective(ObjectiveSettings(pixel_l1=1.0, pixel_lpips_after=0.3), tiny_lpips())
+    settings = ObjectiveSettings.model_validate(ALL | {"pixel_lpips_after": 0.3})
+    objective = Objective(settings, tiny_lpips())
 
     def terms(progress: float) -> set[str]:
         return set(objective(Smooth(), x, condition, generator, progress=progress).terms)

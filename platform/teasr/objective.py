@@ -53,7 +53,7 @@ from teasr.lpips import Lpips
 TWIN_TERMS = ("self_adversarial", "rectification")
 FINE = 1.5
 """Deviation in pixels of the blur whose difference to a picture is its fine detail."""
-PIXEL_TERMS = ("pixel_mse", "pixel_l1", "pixel_lpips")
+PIXEL_TERMS = ("pixel_mse", "pixel_l1", "pixel_even", "pixel_lpips")
 TERMS = ("any_step", "end_to_end", "flow_matching", *TWIN_TERMS, *PIXEL_TERMS)
 
 
@@ -80,10 +80,13 @@ class ObjectiveSettings(Settings):
     pixel_sharpen: float = Field(0.0, ge=0)
     """Amount by which the pixel terms' target is sharpened (`sharpened`), as Real-ESRGAN does
     (arXiv 2107.10833, section 3.3): what is uncertain averages to a blur; this leans against it."""
-    pixel_lpips_detail: float = Field(0.0, ge=0)
-    """Fine detail of the target, on the scale [-1, 1], from which LPIPS counts in full (`detail`);
-    0 counts it everywhere. In even and defocused areas LPIPS-VGG rewards grain: there pixels
-    decide alone."""
+    pixel_even: float = Field(0.0, ge=0)
+    """Weight of the absolute error of fine detail in even areas: grain, which beside a larger error
+    of tone hardly counts in `pixel_l1`."""
+    pixel_detail: float = Field(0.0, ge=0)
+    """Fine detail of the target, on the scale [-1, 1], from which an area is textured in full
+    (`detail`); LPIPS counts there alone, `pixel_even` elsewhere. 0: both count everywhere. In even
+    and defocused areas LPIPS-VGG rewards grain."""
     pixel_floor: float = Field(0.0, ge=0, le=1)
     """Smallest timestep weight of the pixel terms: they carry max(1 - t, pixel_floor). The
     published 0 suits a pretrained backbone; one that learns from nothing needs pixels at pure
@@ -125,7 +128,7 @@ class ObjectiveSettings(Settings):
     @model_validator(mode="after")
     def _something_is_trained(self) -> ObjectiveSettings:
         perceptual = self.pixel_lpips > 0 and self.pixel_lpips_after == 0
-        pixels = self.pixel_mse > 0 or self.pixel_l1 > 0 or perceptual
+        pixels = self.pixel_mse > 0 or self.pixel_l1 > 0 or self.pixel_even > 0 or perceptual
         others = any(getattr(self, name) > 0 for name in TERMS if name not in PIXEL_TERMS)
         if not pixels and not (others and self.self_adversarial_after == 0):
             raise ValueError(
@@ -301,7 +304,7 @@ def sharpened(x: Tensor, amount: float) -> Tensor:
     """
     if amount == 0:
         return x
-    fine = x - _blur(x, FINE)
+    fine = _fine(x)
     strength = (fine.abs().amax(1, keepdim=True) / (8 / 127.5)).clamp(max=1)
     return (x + amount * strength * fine).clamp(-1, 1)
 
@@ -315,17 +318,22 @@ def detail(x: Tensor, level: float) -> Tensor:
     """
     if level == 0:
         return torch.ones_like(x[:, :1])
-    size = _blur((x - _blur(x, FINE)).square().mean(1, keepdim=True), 2.0).clamp(min=0).sqrt()
+    size = _blur(_fine(x).square().mean(1, keepdim=True), 2.0).clamp(min=0).sqrt()
     return _blur(((1.5 * size / level) - 0.5).clamp(0, 1), FINE).clamp(0, 1)
 
 
+def _fine(x: Tensor) -> Tensor:
+    """x - blur(x): the fine detail of (N, C, H, W)."""
+    return x - _blur(x, FINE)
+
+
 def _blur(x: Tensor, deviation: float) -> Tensor:
-    """Gaussian of `deviation` pixels over (N, C, H, W), mirrored at the borders."""
+    """Gaussian of `deviation` pixels over (N, C, H, W), whose borders are repeated."""
     reach = round(3 * deviation)
     offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-offsets.square() / (2 * deviation**2))
     kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, -1)
-    x = F.pad(x, (reach,) * 4, mode="reflect")
+    x = F.pad(x, (reach,) * 4, mode="replicate")
     x = F.conv2d(x, kernel[:, :, None, :], groups=x.shape[1])
     return F.conv2d(x, kernel[:, :, :, None], groups=x.shape[1])
 
@@ -462,8 +470,11 @@ class Objective:
                 terms["pixel_mse"] = mean_square(x_hat, goal)
             if "pixel_l1" in active:
                 terms["pixel_l1"] = mean_absolute(x_hat, goal)
+            seen = detail(goal, settings.pixel_detail)
+            if "pixel_even" in active:
+                even = 1 - seen if settings.pixel_detail else seen
+                terms["pixel_even"] = mean_absolute(even * _fine(x_hat), even * _fine(goal))
             if "pixel_lpips" in active and self.lpips:
-                seen = detail(goal, settings.pixel_lpips_detail)
                 terms["pixel_lpips"] = self.lpips(torch.lerp(goal, x_hat, seen), goal)
 
         # D. The twin velocity, with gradient.
