@@ -29,6 +29,7 @@ from jobs.training import MODEL_FOLDER, PROGRESS_FILE, STATE_FILE, train
 from pipelines.feed import FeedPosition, feed, split
 from pipelines.runtime import ensure_ray, quiet_ray_data
 from teasr import registry, tracking
+from teasr.engine import prepare_offload
 from teasr.errors import TeasrError, UsageError
 from teasr.lpips import find_weights
 from teasr.shards import absolute_url, content_hash, read_manifest, write_bytes
@@ -59,7 +60,7 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
 
     Raises:
         UsageError: no dataset, an unknown model to start from, too few CPUs or GPUs, or a folder
-            that holds a run of another recipe.
+            that holds a run of another recipe; an offload that this machine cannot do.
         TeasrError: the MLflow server is away, or training failed.
     """
     if recipe.data is None:
@@ -71,6 +72,7 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
     client = tracking.connect()
     ensure_ray()
     _check_resources(recipe)
+    prepare_offload(recipe.engine)  # before workers start, who would all wait for a compiler
 
     folder.mkdir(parents=True, exist_ok=True)
     run = _run(client, folder, identity, recipe, manifest.fingerprint)
