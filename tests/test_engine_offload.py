@@ -176,6 +176,7 @@ class FakeLpips:
 def objective_of(passes: str, network: Any) -> Tensor:
     settings = ObjectiveSettings(
         pixel_l1=0.5,
+        pixel_even=0.5,
         pixel_floor=0.5,
         self_adversarial=0.3,
         passes=passes,  # type: ignore[arg-type]
