@@ -15,6 +15,8 @@ the flow between noise and the model's own one-step images. sg[.] is stop-gradie
 | rectification    | (x_t, t, 0)      | sg[F - (F(x'_t, -t', -t') - F(x'_t, t', t'))], times w(t)|
 | pixel            | x_hat            | x, by squared or absolute error and LPIPS, times 1 - t     |
 
+Where x is a picture's latents, the pixel terms compare decoded pictures.
+
 Rows that do not depend on each other share a pass over the weights. Per step, with N Euler steps in
 the consistency target (2 by default):
 
@@ -364,13 +366,21 @@ class Objective:
     Args:
         settings: weights and constants.
         lpips: perceptual distance for the pixel term, or None to leave it out.
+        decode: latents (N, C, h, w) to pictures (N, 3, H, W), differentiable, for a network that
+            works on latents; None for one that works on pixels.
 
     Raises:
         UsageError: when LPIPS alone would be trained, and is left out.
     """
 
-    def __init__(self, settings: ObjectiveSettings, lpips: Lpips | None = None) -> None:
+    def __init__(
+        self,
+        settings: ObjectiveSettings,
+        lpips: Lpips | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.settings = settings
+        self.decode = decode
         self.lpips = lpips if settings.pixel_lpips > 0 else None
         if not self._active(0.0):
             raise UsageError(
@@ -386,6 +396,7 @@ class Objective:
         condition: Tensor,
         generator: torch.Generator,
         *,
+        pictures: Tensor | None = None,
         progress: float = 1.0,
         target_network: Velocity | None = None,
         fake_network: Velocity | None = None,
@@ -395,8 +406,10 @@ class Objective:
 
         Args:
             network: what is trained.
-            x: (N, C, H, W) clean images in [-1, 1]. condition: (N, ...) of the same pictures.
+            x: (N, C, H, W) clean images in [-1, 1], or their latents. condition: (N, ...) of the
+                same pictures.
             generator: source of noise and times, on the CPU.
+            pictures: (N, 3, H, W) clean images, where x is their latents.
             progress: share of the run that is done, for `self_adversarial_after`.
             target_network: network without gradient for the consistency target (an average of
                 the weights for small models); None takes `network` itself.
@@ -463,7 +476,9 @@ class Objective:
         if set(PIXEL_TERMS).intersection(active):
             end = rows["end_to_end"]
             x_hat = one_step_image(end.x_t, predictions["end_to_end"], end.t)
-            goal = sharpened(x, settings.pixel_sharpen)
+            if self.decode is not None:
+                x_hat = self.decode(x_hat)
+            goal = sharpened(x if pictures is None else pictures, settings.pixel_sharpen)
             for name in PIXEL_TERMS:
                 weights[name] *= pixel_weight(end.t, settings.pixel_floor)
             if "pixel_mse" in active:
