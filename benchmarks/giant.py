@@ -47,12 +47,13 @@ from teasr.backbones.branch_lora import LoraPair
 from teasr.backbones.codec import AutoencoderCodec
 from teasr.backbones.latent import LatentBackbone
 from teasr.backbones.pretrained import KINDS, meta_backbone
+from teasr.backbones.safetensors_files import find_tensors
 from teasr.dmd import TeacherStudent, judges
 from teasr.engine import Engine, EngineSettings
 from teasr.errors import TeasrError
 from teasr.lpips import Lpips, find_weights
 from teasr.objective import Objective, ObjectiveSettings
-from teasr.streaming import StreamedBase, StreamedEngine, find_tensors, write_random
+from teasr.streaming import StreamedBase, StreamedEngine, write_random
 
 GIB = 2**30
 LAYERS = {"qwen-image": "num_layers", "z-image": "n_layers"}

@@ -37,131 +37,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from teasr.engine import EngineSettings
+from teasr.backbones.safetensors_files import DTYPES, INDEX_SUFFIX, STEM, Place, find_tensors
+from teasr.engine import Averaged, EngineSettings, Stopwatch, set_gradient_checkpointing
 from teasr.errors import TeasrError, UsageError
 
-INDEX_SUFFIX = ".safetensors.index.json"
-STEM = "diffusion_pytorch_model"
 CHECKPOINT_FILE = "streamed.pt"
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = mmap.PAGESIZE
 _READ_AHEAD = 128 << 10  # a kernel may cut a longer request to its read-ahead window
-_LARGEST_HEADER = 100 << 20  # of the safetensors format
 _ALIGNMENT = 256  # of tensors in a copied block
 
 
 # ------------------------------------------------------------------------------- weights on disk
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor's values are: `size` bytes of `path` from `start`."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
-def read_header(path: Path) -> dict[str, Place]:
-    """The tensors in a safetensors file by name, after a check against the size of the file.
-
-    Raises:
-        TeasrError: when the file is damaged or shorter than its header says.
-    """
-    try:
-        length = path.stat().st_size
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if length < 8 or size > min(_LARGEST_HEADER, length - 8):
-                raise _damaged(path, "its header does not fit into it")
-            header = json.loads(stream.read(size))
-        places = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = (int(offset) for offset in entry["data_offsets"])
-            shape = tuple(int(side) for side in entry["shape"])
-            dtype = _DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise TeasrError(
-                    f"'{name}' in {path} is of type {entry['dtype']}.",
-                    f"Types that are read: {', '.join(_DTYPES)}.",
-                )
-            if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
-                raise _damaged(path, f"'{name}' has another size than its shape")
-            if 8 + size + end > length:
-                raise TeasrError(
-                    f"{path} is cut off: '{name}' ends at byte {8 + size + end:,} of {length:,}.",
-                    "Copy or download the file again.",
-                )
-            places[name] = Place(path, dtype, shape, 8 + size + begin, end - begin)
-    except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(path, "its header is not a table of tensors") from None
-    return places
-
-
-def find_tensors(source: Path) -> dict[str, Place]:
-    """Every tensor of a safetensors file, or of a folder with one, or with shards and their index.
-
-    Raises:
-        UsageError: when there are no weights, several candidates, or a shard is missing.
-        TeasrError: when a file is damaged or cut off.
-    """
-    if source.is_file():
-        return read_header(source)
-    indices = sorted(source.glob(f"*{INDEX_SUFFIX}"))
-    files = sorted(source.glob("*.safetensors"))
-    if len(indices) > 1 or (not indices and len(files) != 1):
-        found = ", ".join(path.name for path in indices or files) or "nothing of the kind"
-        raise UsageError(
-            f"{source} does not say which weights are meant: {found} is there.",
-            f"One *{INDEX_SUFFIX} with its shards, or one *.safetensors, is expected.",
-        )
-    if not indices:
-        return read_header(files[0])
-    try:
-        weight_map = json.loads(indices[0].read_text())["weight_map"]
-        owners = {str(name): source / str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(indices[0], "it is not an index of shards") from None
-    headers = {}
-    for path in sorted(set(owners.values())):
-        if not path.is_file():
-            count = sum(owner == path for owner in owners.values())
-            raise UsageError(
-                f"{path.name} is missing in {source}; {indices[0].name} expects {count} tensors "
-                "in it.",
-                "Download the missing file.",
-            )
-        headers[path] = read_header(path)
-    for name, path in owners.items():
-        if name not in headers[path]:
-            raise UsageError(
-                f"'{name}' is missing in {path}, where {indices[0].name} expects it.",
-                "Download both files again, from one source.",
-            )
-    return {name: headers[path][name] for name, path in owners.items()}
-
-
-def _damaged(path: Path, reason: str) -> TeasrError:
-    return TeasrError(f"{path} is damaged: {reason}.", "Copy or download the file again.")
 
 
 class _MappedFile:
@@ -824,20 +712,23 @@ def _occupied(folder: Path) -> UsageError:
 # ------------------------------------------------------------------------------------- the trainer
 
 
-class StreamedEngine:
+class StreamedEngine(Averaged):
     """Trains what is not frozen in a streamed network; the interface is `teasr.engine.Engine`'s.
 
     One process, plain torch: AdamW on float32 copies of the trained parameters (on themselves where
-    they are float32). `settings` that are about sharding and offloading have no meaning here.
+    they are float32), on the device or, by `offload_optimizer`, in host memory. `settings` that are
+    about sharding have no meaning here.
 
     Args:
         base: the streamed network; its `module` is callable as a `Velocity`.
-        settings: learning rate, clipping, accumulation, averaging and gradient checkpointing.
+        settings: learning rate, clipping, accumulation, averaging, gradient checkpointing, and
+            where the optimizer is.
 
     Attributes:
         network: the trained network.
         device: where batches must be.
         steps: optimizer steps done.
+        stopwatch: seconds that `backward` and `optimizer` took in the last step.
 
     Raises:
         UsageError: when nothing is trained, several workers would share the work, or gradient
@@ -856,25 +747,14 @@ class StreamedEngine:
         self.network = base.module
         self.device = base.device
         self.steps = 0
+        self.stopwatch = Stopwatch(base.device)
         self._micro_steps = 0
         self._trained = {n: p for n, p in base.module.named_parameters() if p.requires_grad}
         if not self._trained:
             raise UsageError("The network has no trained parameters.", "Add LoRA to it first.")
-        able: list[Any] = [
-            part for part in base.module.modules() if hasattr(part, "gradient_checkpointing")
-        ]
-        if settings.gradient_checkpointing and not able:
-            raise UsageError(
-                f"engine.gradient_checkpointing: {type(base.module).__name__} cannot compute its "
-                "activations a second time.",
-                "Set it to false.",
-            )
-        for part in able:
-            part.gradient_checkpointing = settings.gradient_checkpointing
-        self._masters = [
-            p.data if p.dtype == torch.float32 else p.detach().float()
-            for p in self._trained.values()
-        ]
+        set_gradient_checkpointing(base.module, settings)
+        self._home = torch.device("cpu") if settings.offload_optimizer == "cpu" else base.device
+        self._masters = [p.data.to(self._home, torch.float32) for p in self._trained.values()]
         self._optimizer = torch.optim.AdamW(
             self._masters,
             lr=settings.learning_rate,
@@ -882,6 +762,11 @@ class StreamedEngine:
             weight_decay=settings.weight_decay,
         )
         self._average = [m.clone() for m in self._masters] if settings.ema_decay > 0 else None
+
+    @property
+    def accumulated(self) -> int:
+        """Micro-batches since the last optimizer step; a checkpoint keeps no gradients of them."""
+        return self._micro_steps % self.settings.gradient_accumulation
 
     def step(self, loss: Tensor, progress: float) -> float | None:
         """Backward, and at an accumulation boundary one optimizer step.
@@ -893,15 +778,19 @@ class StreamedEngine:
         Returns:
             The norm of the gradient before clipping, or None between boundaries.
         """
+        self.stopwatch.start()
         (loss / self.settings.gradient_accumulation).backward()
+        self.stopwatch.mark("backward")
         self._micro_steps += 1
         if self._micro_steps % self.settings.gradient_accumulation:
+            self.stopwatch.mark("optimizer")
             return None
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(progress)
         norm = self._optimize()
         self.steps += 1
         self._update_average()
+        self.stopwatch.mark("optimizer")
         return norm
 
     def state_dict(self, average: bool = True) -> dict[str, Tensor]:
@@ -921,16 +810,6 @@ class StreamedEngine:
             yield
         finally:
             self._set(kept)
-
-    def averaged_network(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Any) -> Tensor:
-        """The network with the average of its weights, as a `Velocity`; call it without gradient.
-
-        No forward pass that is to be differentiated may be pending: weights change place for the
-        length of the call.
-        """
-        with self.averaged():
-            result: Tensor = self.network(x_t, t, r, condition)
-        return result
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write a checkpoint: weights, optimizer, average, and `state`, readable back by `load`."""
@@ -960,7 +839,7 @@ class StreamedEngine:
         path = folder / CHECKPOINT_FILE
         saved: dict[str, Any] = {}
         if path.is_file():
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            saved = torch.load(path, map_location=self._home, weights_only=True)
         shapes = {name: value.shape for name, value in zip(self._trained, self._masters)}
         found = {name: value.shape for name, value in saved.get("weights", {}).items()}
         if shapes != found or (saved["average"] is None) != (self._average is None):
@@ -983,7 +862,8 @@ class StreamedEngine:
         """One optimizer step on the gradients at hand; their norm before clipping."""
         parameters = list(self._trained.values())
         for master, parameter in zip(self._masters, parameters):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            gradient = parameter.grad
+            master.grad = None if gradient is None else gradient.to(self._home, torch.float32)
             parameter.grad = None
         gradients = [master.grad for master in self._masters if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -1005,7 +885,6 @@ class StreamedEngine:
     def _update_average(self) -> None:
         if self._average is None:
             return
-        # A short history first: the average forgets the initial weights as fast as a mean would.
-        decay = min(self.settings.ema_decay, (1 + self.steps) / (10 + self.steps))
+        decay = self.settings.ema_decay_at(self.steps)
         for average, master in zip(self._average, self._masters):
             average.lerp_(master, 1 - decay)
