@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from teasr.objective import (
     rectification_target,
     rectification_weight,
 )
+from tests.ports import free_port
 
 SETTINGS = {"teacher": True, "any_step": 0.0, "end_to_end": 0.0, "flow_matching": 0.0}
 
@@ -78,9 +78,9 @@ def test_velocities_of_the_fakes_come_from_the_fake_network_and_the_teacher() ->
     recorder = Recorder(networks())
     losses = step(recorder)
     roles = [(role, gradient) for role, gradient, _, _ in recorder.calls]
-    assert roles == [("student", True), ("teacher", False), ("fake", True)]
-    (_, _, (x_t, t, r, _), velocity), (_, _, real, real_velocity), (_, _, fake, fake_velocity) = (
-        recorder.calls
+    assert roles == [("student", False), ("teacher", False), ("student", True), ("fake", True)]
+    (_, _, real, real_velocity), (_, _, (x_t, t, r, _), velocity), (_, _, fake, fake_velocity) = (
+        recorder.calls[1:]
     )
     assert not r.any()
     for one, other in zip(real, fake):
@@ -123,7 +123,7 @@ def test_distribution_matching_gradient_is_the_normalised_difference_of_velociti
         parameter.data += 0.02 * torch.randn(parameter.shape)
     recorder = Recorder(made)
     losses = step(recorder, pixel_mse=0.0, rectification=0.7)
-    (_, _, inputs, velocity), (*_, real), (*_, fake) = recorder.calls
+    (*_, real), (_, _, inputs, velocity), (*_, fake) = recorder.calls[1:]
     velocity.retain_grad()
     losses.total.backward()
     weight = rectification_weight(fake, real, inputs[1], 10.0).view(-1, 1, 1, 1)
@@ -181,13 +181,10 @@ DualBranchDiT(PRESETS["teasr-xs"]).load_state_dict(student_weights(engine.state_
 @pytest.mark.parametrize("stage", [1, 3])
 def test_one_engine_trains_student_and_fake_network_and_resumes(tmp_path: Path, stage: int) -> None:
     """DeepSpeed in its own process: the teacher stays, a resumed run is the same to the bit."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     worker = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, str(tmp_path), str(stage)],
-        env=os.environ | worker | {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"},
+        env=os.environ | worker | {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

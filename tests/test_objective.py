@@ -17,18 +17,23 @@ from teasr.backbones.base import Velocity
 from teasr.errors import UsageError
 from teasr.lpips import Lpips
 from teasr.objective import (
+    ROLES,
     TERMS,
+    Ask,
     Losses,
+    MicroBatch,
     Objective,
     ObjectiveSettings,
     Rows,
+    deal_roles,
     detail,
     draw_times,
+    in_step,
     interpolate,
     mean_square,
     one_step_image,
     pixel_weight,
-    rcgm_integrals,
+    rcgm_integral,
     rcgm_target,
     rectification_target,
     rectification_weight,
@@ -146,13 +151,14 @@ def only(**weights: float) -> dict[str, float]:
     return dict.fromkeys(TERMS, 0.0) | weights
 
 
-def rcgm_integral(
+def integral_of(
     network: Velocity, x_m: Tensor, t_m: Tensor, r: Tensor, condition: Tensor, order: int
 ) -> Tensor:
-    def evaluate(groups: Sequence[Rows]) -> list[Tensor]:
-        return [network(rows.x_t, rows.t, rows.r, condition) for rows in groups]
+    def evaluate(asked: Sequence[Ask]) -> list[Tensor]:
+        return [other(at.x_t, at.t, at.r, at.condition) for other, at in asked]
 
-    (integral,), _ = rcgm_integrals(evaluate, [Rows(x_m, t_m, r)], order)
+    chain = rcgm_integral(network, Rows(x_m, t_m, r, condition), order)
+    integral: Tensor = in_step(evaluate, {"one": chain})["one"]
     return integral
 
 
@@ -193,10 +199,10 @@ def consistency(
 ) -> Tensor:
     """The residual e = F - target of the recursion, by the module's functions."""
     x_t, v = interpolate(x, z, t), z - x
-    start = step_back(Rows(x_t, t, r), v, step)
+    start = step_back(Rows(x_t, t, r, x), v, step)
     t_m = start.t
     assert torch.equal(t_m, torch.maximum(t - step, r))
-    integral = rcgm_integral(network, start.x_t, t_m, r, x, order)
+    integral = integral_of(network, start.x_t, t_m, r, x, order)
     prediction = network(x_t, t, r, x)
     return prediction - rcgm_target(prediction, v, integral, t, t_m, r)
 
@@ -204,7 +210,7 @@ def consistency(
 @pytest.mark.parametrize("order", [1, 2, 3, 8])
 def test_integral_of_a_constant_velocity_is_exact(order: int) -> None:
     t_m, r = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.2, 0.5]).double()
-    integral = rcgm_integral(Constant(3.0), torch.zeros(2, 3, 2, 2).double(), t_m, r, t_m, order)
+    integral = integral_of(Constant(3.0), torch.zeros(2, 3, 2, 2).double(), t_m, r, t_m, order)
     torch.testing.assert_close(integral, column(3 * (t_m - r)).expand(2, 3, 2, 2))
 
 
@@ -220,7 +226,7 @@ def test_integral_converges_with_the_order() -> None:
     t_m, r = torch.tensor([0.95]).double(), torch.tensor([0.3]).double()
     exact = float(1 - flow.spread(r) / flow.spread(t_m))
     errors = [
-        abs(float(rcgm_integral(instantaneous, x, t_m, r, x, order)) - exact)
+        abs(float(integral_of(instantaneous, x, t_m, r, x, order)) - exact)
         for order in (8, 16, 32, 64)
     ]
     ratios = [first / second for first, second in itertools.pairwise(errors)]
@@ -234,7 +240,7 @@ def test_integral_passes_the_target_of_each_step_and_telescopes_for_an_exact_net
     t_m, r = torch.tensor([0.95]).double(), torch.tensor([0.1]).double()
     exact = 1 - flow.spread(r) / flow.spread(t_m)
     recorder = Recorder(flow)
-    integral = rcgm_integral(recorder, x, t_m, r, x, 3)
+    integral = integral_of(recorder, x, t_m, r, x, 3)
     torch.testing.assert_close(integral.flatten(), exact)
     starts = [float(call.t) for call in recorder.calls]
     ends = [float(call.r) for call in recorder.calls]
@@ -303,7 +309,7 @@ def test_target_is_the_velocity_when_the_gap_is_at_most_one_step() -> None:
     x, z = batch()
     prediction = torch.full_like(x, 7.0)
     t_m = torch.maximum(t - 0.01, r)
-    integral = rcgm_integral(Constant(50.0), x, t_m, r, x, 2)
+    integral = integral_of(Constant(50.0), x, t_m, r, x, 2)
     assert not integral[:4].any()
     target = rcgm_target(prediction, z - x, integral, t, t_m, r)
     assert torch.equal(target[:4], (z - x)[:4])
@@ -554,19 +560,23 @@ def test_the_exact_solution_is_a_fixed_point_of_every_term() -> None:
 def test_twin_trajectory_is_asked_at_negative_times_on_exactly_the_fakes() -> None:
     recorder = Recorder(Smooth())
     losses = run(recorder, fake_time_range=(0.3, 0.6))
-    rows, first, second, twin = recorder.calls
-    assert [call.gradient for call in recorder.calls] == [True, False, False, True]
-    for call in (rows, first, second):
+    first, second, rows, twin = parts(recorder.calls)
+    assert [call.gradient for call in recorder.calls] == [False, False, True]
+    for call in (first, second, rows):
         assert bool((call.t >= 0).all()) and bool((call.r >= 0).all())
         assert bool((call.r <= call.t).all())
     assert bool((twin.t <= -0.3).all()) and bool((twin.t >= -0.6).all())
     assert torch.equal(twin.r, twin.t)
-    # The real velocity is of the same points, and shares a pass with the first Euler step.
-    real = slice(2 * N, 3 * N)
-    assert torch.equal(first.t[real], -twin.t) and torch.equal(first.r[real], -twin.t)
-    assert torch.equal(first.x_t[real], twin.x_t)
-    # The fakes are the end-to-end rows' one-step images, noised afresh to |t|.
+    # The real velocity is of the same points, and shares a pass with the second Euler step.
+    third = slice(2 * N, 3 * N)
+    assert torch.equal(second.t[third], -twin.t) and torch.equal(second.r[third], -twin.t)
+    assert torch.equal(second.x_t[third], twin.x_t)
+    # The fakes are the end-to-end rows' one-step images, noised afresh to |t|; without gradient
+    # they share a pass with the first Euler step.
     assert not rows.r[N : 2 * N].any()
+    for one, other in zip(vars(first).values(), vars(rows).values()):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(one[third], other[N : 2 * N])
     x_hat = one_step_image(rows.x_t, rows.output, rows.t)[N : 2 * N]
     noise = (twin.x_t - (1 - column(-twin.t)) * x_hat) / column(-twin.t)
     assert float(noise.std()) == pytest.approx(1, abs=0.15)
@@ -579,8 +589,17 @@ def test_twin_trajectory_is_asked_at_negative_times_on_exactly_the_fakes() -> No
             both = torch.stack([one.flatten(), other.flatten()])
             assert abs(float(torch.corrcoef(both)[0, 1])) < 0.2
     conditions = [call.condition for call in recorder.calls]
-    assert [len(c) for c in conditions] == [3 * N, 3 * N, 2 * N, N]
+    assert [len(c) for c in conditions] == [3 * N, 3 * N, 4 * N]
     assert all(torch.equal(chunk, batch()[1]) for c in conditions for chunk in c.split(N))
+
+
+def parts(calls: list[Call]) -> tuple[Call, Call, Call, Call]:
+    """The two passes without gradient of a step with every term, and the last one's rows on the
+    real and on the twin trajectory."""
+    first, second, last = calls
+    values = [value.split([3 * N, N]) for value in vars(last).values() if isinstance(value, Tensor)]
+    rows, twin = (Call(*part, gradient=last.gradient) for part in zip(*values))
+    return first, second, rows, twin
 
 
 def reference(calls: list[Call], settings: ObjectiveSettings, network: Velocity) -> Tensor:
@@ -591,16 +610,17 @@ def reference(calls: list[Call], settings: ObjectiveSettings, network: Velocity)
         settings: whose weights count.
     """
     x, _ = batch()
-    rows, first, second, twin = calls
+    first, second, rows, twin = parts(calls)
     t, r, prediction, x_t = rows.t.double(), rows.r.double(), rows.output, rows.x_t
     now = network(x_t, rows.t, rows.r, rows.condition)
     any_end, end, flow = slice(0, 2 * N), slice(N, 2 * N), slice(2 * N, 3 * N)
 
-    t_m, middle = first.t.double()[any_end], second.t.double()
+    t_m, middle = first.t.double()[any_end], second.t.double()[any_end]
     t_ae, r_ae = t[any_end], r[any_end]
     gap = column(t_ae - t_m)
     v = (x_t[any_end] - first.x_t[any_end]) / gap
-    integral = column(t_m - middle) * first.output[any_end] + column(middle - r_ae) * second.output
+    integral = column(t_m - middle) * first.output[any_end]
+    integral = integral + column(middle - r_ae) * second.output[any_end]
     residual = (column(t_ae - r_ae) * prediction[any_end] - integral) / gap - v
     target = prediction[any_end] - residual.clamp(-1, 1)
     target = torch.where(column(t_m <= r_ae), v, target)
@@ -623,7 +643,7 @@ def reference(calls: list[Call], settings: ObjectiveSettings, network: Velocity)
     v_twin = (twin.x_t - fixed) / column(twin.t.abs().double())
     error = network(twin.x_t, twin.t, twin.r, twin.condition) - v_twin
     total = total + settings.self_adversarial * error.square().mean()
-    difference = twin.output - first.output[2 * N :]
+    difference = twin.output - second.output[2 * N :]
     aim = prediction[end] - difference
     weight = t[end] / difference.abs().flatten(1).mean(1).clamp(min=0.1)
     moved = (now[end] - aim).square().flatten(1).mean(1)
@@ -766,46 +786,180 @@ def test_stacked_and_sequential_gradients_are_equal_to_rounding() -> None:
 @pytest.mark.parametrize(
     ("settings", "average", "passes", "with_gradient"),
     [
-        ({}, False, 4, 2),
-        ({}, True, 5, 2),
+        ({}, False, 3, 1),
+        ({}, True, 5, 1),
         ({"passes": "sequential"}, False, 10, 4),
         ({"passes": "sequential"}, True, 10, 4),
-        ({"consistency_order": 4}, False, 6, 2),
-        ({"timestep_aware": False}, False, 4, 2),
+        ({"passes": "partitioned"}, False, 3, 1),
+        ({"passes": "partitioned"}, True, 5, 1),
+        ({"consistency_order": 4}, False, 5, 1),
+        ({"timestep_aware": False}, False, 3, 1),
         ({"self_adversarial": 0.0}, False, 3, 1),
-        ({"rectification": 0.0}, False, 4, 2),
+        ({"rectification": 0.0}, False, 3, 1),
         ({"rectification": 0.0, "self_adversarial": 0.0}, False, 3, 1),
-        ({"any_step": 0.0, "end_to_end": 0.0}, False, 3, 2),
-        ({"any_step": 0.0, "end_to_end": 0.0}, True, 3, 2),
+        ({"rectification": 0.0, "consistency_order": 1}, False, 2, 1),
+        ({"any_step": 0.0, "end_to_end": 0.0}, False, 3, 1),
+        ({"any_step": 0.0, "end_to_end": 0.0}, True, 3, 1),
         (only(flow_matching=1.0, pixel_mse=1.0), True, 1, 1),
+        (only(self_adversarial=1.0), True, 2, 1),
     ],
 )
 def test_passes_over_the_weights(
     settings: dict[str, object], average: bool, passes: int, with_gradient: int
 ) -> None:
     recorder = Recorder(Smooth())
-    run(recorder, others={"target_network": recorder} if average else None, **settings)
+    others: dict[str, Velocity] = {"target_network": lambda *inputs: recorder(*inputs)}
+    run(recorder, others=others if average else None, **settings)
     assert len(recorder.calls) == passes
     assert sum(call.gradient for call in recorder.calls) == with_gradient
 
 
-def test_an_average_is_asked_before_any_pass_that_waits_for_its_gradient() -> None:
-    """Its weights change place with those of the network (`Engine.averaged_network`)."""
+@pytest.mark.parametrize("passes", ["stacked", "sequential", "partitioned"])
+def test_no_pass_without_gradient_comes_after_one_that_waits_for_it(passes: str) -> None:
+    """An average's weights change place with those of the network (`Engine.averaged_network`)."""
     recorder = Recorder(Smooth())
-    order: list[str] = []
 
     def average(*inputs: Tensor) -> Tensor:
-        order.append("average")
-        return recorder.network(*inputs)
+        return recorder(*inputs)
 
-    def network(*inputs: Tensor) -> Tensor:
-        order.append("network")
-        return recorder.network(*inputs)
+    run(recorder, others={"target_network": average}, passes=passes)
+    waiting = [call.gradient for call in recorder.calls]
+    assert waiting == sorted(waiting)
 
-    for passes, count in (("stacked", 2), ("sequential", 4)):
-        order.clear()
-        run(network, others={"target_network": average}, passes=passes)
-        assert order[:count] == ["average"] * count and "average" not in order[count:]
+
+# --------------------------------------------------------------------------------- one role each
+
+
+@pytest.mark.parametrize(
+    ("samples", "count", "roles"),
+    [(4, 1, 4), (6, 1, 4), (1, 4, 4), (1, 7, 4), (3, 3, 5), (2, 1, 1)],
+)
+def test_deals_take_every_sample_through_every_role(samples: int, count: int, roles: int) -> None:
+    """The mean over P deals of what an optimizer step sums is the mean over samples and roles."""
+    names, total = ROLES[:roles], samples * count
+    values = torch.rand(roles, count, samples, generator=torch.Generator().manual_seed(0)).double()
+    mean = 0.0
+    for step in range(total):
+        seen: dict[str, int] = {}
+        for index in range(count):
+            shares = deal_roles(names, samples, MicroBatch(index, count, step))
+            assert sum(len(share.samples) for share in shares.values()) == samples
+            for name, share in shares.items():
+                own = values[names.index(name), index, share.samples]
+                mean += share.weight * float(own.mean()) / (count * total)
+                seen[name] = seen.get(name, 0) + len(own)
+        assert set(seen) == set(names) and max(seen.values()) - min(seen.values()) <= 1
+    assert mean == pytest.approx(float(values.mean((1, 2)).sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "average", "samples"),
+    [
+        ({}, False, 6),
+        ({}, True, 2),
+        ({}, False, 1),
+        ({"timestep_aware": False}, False, 6),
+        ({"timestep_aware": False, "consistency_order": 3}, True, 2),
+        ({"self_adversarial": 0.0, "pixel_sharpen": 0.5, "pixel_floor": 0.3}, False, 3),
+        ({"rectification": 0.0, "pure_noise_share": 0.5, "pixel_detail": 0.0}, False, 6),
+        (only(rectification=1.0, flow_matching=0.5), False, 1),
+    ],
+    ids=str,
+)
+def test_partitioned_gradients_are_the_stacked_ones_in_expectation(
+    settings: dict[str, object], average: bool, samples: int
+) -> None:
+    """Over all deals of a step of 6 samples, in micro-batches of `samples`: not by drawing, all."""
+    x, condition = batch()
+    others: dict[str, Velocity] = {"target_network": Smooth(1)} if average else {}
+    count = N // samples
+
+    def gradients(passes: str, steps: int) -> tuple[float, list[Tensor]]:
+        network = Smooth()
+        objective = Objective(ObjectiveSettings.model_validate(ALL | settings | {"passes": passes}))
+        total = torch.zeros((), dtype=torch.float64)
+        for step, index in itertools.product(range(steps), range(count)):
+            own = slice(index * samples, (index + 1) * samples)
+            part, generator = MicroBatch(index, count, step), torch.Generator().manual_seed(index)
+            losses = objective(
+                network, x[own], condition[own], generator, micro_batch=part, **others
+            )
+            total = total + losses.total / (count * steps)
+        total.backward()
+        return float(total.detach()), [p.grad for p in network.parameters() if p.grad is not None]
+
+    total, found = gradients("partitioned", N)
+    expected, whole = gradients("stacked", 1)
+    assert total == pytest.approx(expected, rel=1e-12)
+    for one, other in zip(found, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    one_deal, _ = gradients("partitioned", 1)
+    assert one_deal != pytest.approx(expected, rel=1e-4)
+
+
+def test_a_sample_with_one_role_has_the_terms_of_a_sample_with_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, condition = torch.rand(2, 5, 3, 32, 32, generator=generator, dtype=torch.float64) * 2 - 1
+    found = {}
+    for passes in ("stacked", "partitioned"):
+        settings = ObjectiveSettings.model_validate(ALL | {"passes": passes})
+        recorder = Recorder(Smooth())
+        losses = Objective(settings, tiny_lpips())(
+            recorder, x, condition, torch.Generator().manual_seed(3), micro_batch=MicroBatch(step=2)
+        )
+        assert set(losses.terms) == set(TERMS)
+        found[passes] = losses.terms
+    # Sample i is in place i + 2 of a ring of 5: it has roles 2, 3, 0, 0, 1 of 4.
+    owners = {"any_step": [2, 3], "flow_matching": [0], "self_adversarial": [1]}
+    for term, values in found["partitioned"].items():
+        own = owners.get(term, [4])
+        torch.testing.assert_close(values, found["stacked"][term][own], rtol=1e-6, atol=1e-9)
+    rows = [len(call.t) for call in recorder.calls]
+    assert rows == [2 + 1 + 1 + 1, 2 + 1 + 2, 5]  # stacked: 15, 15 and 20
+
+
+def test_too_few_samples_to_partition_are_refused() -> None:
+    x, condition = batch()
+    objective = Objective(ObjectiveSettings(passes="partitioned"))
+
+    def step(samples: int, part: MicroBatch) -> Losses:
+        generator = torch.Generator().manual_seed(0)
+        return objective(Smooth(), x[:samples], condition[:samples], generator, micro_batch=part)
+
+    said = r"one of 4 roles .*has 3 samples per worker.*engine\.gradient_accumulation"
+    for samples, count in ((3, 1), (1, 3)):
+        with pytest.raises(UsageError, match=said):
+            step(samples, MicroBatch(count=count))
+    names = [set(step(1, MicroBatch(index, 4)).terms) for index in range(4)]
+    end_to_end = {"end_to_end", "rectification", "pixel_mse"}
+    assert names == [{"any_step"}, end_to_end, {"flow_matching"}, {"self_adversarial"}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [
+        ({}, 4),
+        ({"timestep_aware": False}, 5),
+        ({"flow_matching": 0.0}, 3),
+        ({"end_to_end": 0.0}, 4),
+        (only(pixel_mse=1.0), 1),
+        ({"passes": "stacked"}, 1),
+    ],
+)
+def test_a_term_of_weight_0_has_no_role(settings: dict[str, object], least: int) -> None:
+    chosen = ObjectiveSettings.model_validate({"passes": "partitioned"} | settings)
+    assert chosen.least_samples == least
+    x, condition = batch()
+    losses = Objective(chosen)(
+        Smooth(), x[:least], condition[:least], torch.Generator().manual_seed(0)
+    )
+    expected = {name for name in TERMS if getattr(chosen, name) > 0} - {"pixel_lpips"}
+    assert set(losses.terms) == expected
+
+
+def test_a_teacher_is_not_partitioned() -> None:
+    with pytest.raises(ValidationError, match="teacher needs passes=stacked or sequential"):
+        ObjectiveSettings(teacher=True, passes="partitioned")
 
 
 # --------------------------------------------------------- a setting changes what it says it does
@@ -824,18 +978,18 @@ def test_a_weight_scales_its_term_and_no_other(name: str) -> None:
 def test_consistency_step_and_order_are_honoured() -> None:
     recorder = Recorder(Smooth())
     run(recorder, consistency_order=4, consistency_step=0.125)
-    rows, first = recorder.calls[:2]
+    first, rows = recorder.calls[0], recorder.calls[-1]
     t, r, t_m = rows.t[: 2 * N], rows.r[: 2 * N], first.t[: 2 * N]
     assert torch.equal(t_m, torch.maximum(t - 0.125, r))
     assert float((t - t_m).max()) == pytest.approx(0.125)
-    assert len(recorder.calls) == 1 + 4 + 1
+    assert len(recorder.calls) == 4 + 1
 
 
 def test_rectification_bound_and_pixel_floor_reach_the_total() -> None:
     losses = run(Smooth(), **only(rectification=1.0), rectification_bound=1e-3)
     recorder = Recorder(Smooth())
     run(recorder, **only(rectification=1.0))
-    expected = (recorder.calls[0].t * 1e-3 * losses.terms["rectification"]).mean()
+    expected = (recorder.calls[-1].t * 1e-3 * losses.terms["rectification"]).mean()
     torch.testing.assert_close(losses.total, expected)
     floored = run(Smooth(), **only(pixel_mse=1.0), pixel_floor=1.0)
     torch.testing.assert_close(floored.total, floored.terms["pixel_mse"].mean())
@@ -851,14 +1005,15 @@ def test_without_timestep_awareness_fakes_come_from_pure_noise_alone() -> None:
     aware, plain = Recorder(Smooth()), Recorder(Smooth())
     usual = run(aware)
     losses = run(plain, timestep_aware=False)
-    rows, twin = plain.calls[0], plain.calls[-1]
+    rows = plain.calls[-1]
     pure = slice(3 * N, 4 * N)  # rows of their own: those of the other terms stay
-    assert len(rows.t) == 4 * N and len(aware.calls[0].t) == 3 * N
-    assert torch.equal(rows.t[: 3 * N], aware.calls[0].t)
+    assert len(rows.t) == 5 * N and len(aware.calls[-1].t) == 4 * N
+    assert torch.equal(rows.t[: 3 * N], aware.calls[-1].t[: 3 * N])
     assert bool((rows.t[pure] == 1).all()) and not rows.r[pure].any()
     x_hat = (rows.x_t - rows.output)[pure]
-    noise = (twin.x_t - (1 - column(-twin.t)) * x_hat) / column(-twin.t)
-    error = (twin.output - (noise - x_hat)).square().flatten(1).mean(1)
+    x_t, t, output = (values[4 * N :] for values in (rows.x_t, rows.t, rows.output))
+    noise = (x_t - (1 - column(-t)) * x_hat) / column(-t)
+    error = (output - (noise - x_hat)).square().flatten(1).mean(1)
     torch.testing.assert_close(losses.terms["self_adversarial"], error)
     for name in set(WITHOUT_LPIPS) - {"self_adversarial", "rectification"}:
         assert torch.equal(losses.terms[name], usual.terms[name])
@@ -871,7 +1026,7 @@ def test_target_network_serves_the_consistency_target_only() -> None:
     trained, average = Recorder(Smooth(0)), Recorder(Smooth(1))
     losses = run(trained, others={"target_network": average})
     assert [call.gradient for call in average.calls] == [False, False]
-    assert [call.gradient for call in trained.calls] == [True, False, True]
+    assert [call.gradient for call in trained.calls] == [False, False, True]
     plain = run(Smooth(0))
     assert not torch.equal(losses.terms["any_step"], plain.terms["any_step"])
     for name in ("flow_matching", "self_adversarial", "rectification", "pixel_mse", "pixel_l1"):

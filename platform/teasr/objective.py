@@ -17,30 +17,46 @@ the flow between noise and the model's own one-step images. sg[.] is stop-gradie
 
 Where x is a picture's latents, the pixel terms compare decoded pictures.
 
-Rows that do not depend on each other share a pass over the weights. Per step, with N Euler steps in
-the consistency target (2 by default):
+Only targets need x_hat and the Euler steps, and targets have no gradient: whatever is asked without
+gradient comes first, and rows that do not depend on each other share a pass over the weights. Per
+step, with N Euler steps in the consistency target (2 by default):
 
-| pass | gradient | rows                                                                         |
-|------|----------|------------------------------------------------------------------------------|
-| A    | yes      | any-step, end-to-end and flow-matching rows                                  |
-| B    | no       | Euler step 1 of any-step and end-to-end rows; real velocity of the fakes     |
-| C    | no       | Euler steps 2 to N, a pass each                                              |
-| D    | yes      | twin velocity of the fakes; its detached value serves the rectification      |
+| pass   | gradient | rows                                                                        |
+|--------|----------|-----------------------------------------------------------------------------|
+| 1      | no       | Euler step 1 of any-step and end-to-end rows; one-step images for the fakes |
+| 2      | no       | Euler step 2; real velocity of the fakes                                    |
+| 3 to N | no       | the other Euler steps, a pass each                                          |
+| last   | yes      | any-step, end-to-end and flow-matching rows; twin velocity of the fakes,    |
+|        |          | whose detached value serves the rectification                               |
 
-That is N + 2 = 4 passes, 2 with gradient. One by one (`passes: sequential`) the same rows are 10
-passes, 4 with gradient. A `target_network` has other weights, so that its N Euler passes cannot
-take the real velocity along: 5 in all. D could ride with the last Euler step: one sweep less, but a
-backward pass through rows that need none. A term of weight 0 is left out with its rows and passes.
+That is N + 1 = 3 passes, 1 with gradient. One by one (`passes: sequential`) the same rows are 10
+passes, 4 with gradient. Where weights are streamed a pass with gradient reads them twice, so that
+14 sweeps over the weights become 4. A `target_network` has other weights: its N Euler passes take
+nothing along, 5 passes in all. A term of weight 0 is left out with its rows and passes.
+
+`passes: partitioned` gives each sample one role in place of all of them (TwinFlow's recipe for
+large batches), in the same passes with a quarter of the rows with gradient:
+
+| role             | terms of the sample                        | rows, by pass                    |
+|------------------|--------------------------------------------|----------------------------------|
+| any_step         | any_step                                   | Euler 1; Euler 2; any-step       |
+| end_to_end       | end_to_end, rectification, the pixel terms | Euler 1, one-step image;         |
+|                  |                                            | Euler 2, both velocities;        |
+|                  |                                            | end-to-end                       |
+| flow_matching    | flow_matching                              | flow-matching (last pass alone)  |
+| self_adversarial | self_adversarial                           | one-step image; twin velocity    |
+
+A role's terms are divided by its share of the optimizer step's samples. Each sample takes each role
+equally often, so that the gradient is the stacked one in expectation, at a larger variance.
 
 Every term is a pure function that returns one value per sample; the caller weighs and averages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +73,9 @@ FINE = 1.5
 """Deviation in pixels of the blur whose difference to a picture is its fine detail."""
 PIXEL_TERMS = ("pixel_mse", "pixel_l1", "pixel_even", "pixel_lpips")
 TERMS = ("any_step", "end_to_end", "flow_matching", *TWIN_TERMS, *PIXEL_TERMS)
+ROLES = ("any_step", "end_to_end", "flow_matching", "pure_noise", "self_adversarial")
+"""Groups of rows with gradient: what a sample can be there for. `pure_noise` is the rectification's
+own, without `timestep_aware`."""
 
 
 class ObjectiveSettings(Settings):
@@ -112,13 +131,15 @@ class ObjectiveSettings(Settings):
     self_adversarial_after: float = Field(0.0, ge=0, le=1)
     """Share of the run in which the pixel terms of one-step images train alone. A network that
     starts from nothing must first make pictures before it can learn from its own, and one pass a
-    step is far cheaper than four; a pretrained network starts at 0."""
+    step is far cheaper than three; a pretrained network starts at 0."""
     pixel_lpips_after: float = Field(0.0, ge=0, le=1)
     """Share of the run after which LPIPS joins the squared error: it costs more than the network,
     and has little to say about pictures that are not yet there."""
-    passes: Literal["stacked", "sequential"] = "stacked"
+    passes: Literal["stacked", "sequential", "partitioned"] = "stacked"
     """`stacked`: rows that do not depend on each other share a pass. `sequential`: each term's rows
-    have their own. Losses and gradients are equal."""
+    have their own. Losses and gradients are equal. `partitioned`: each sample has the rows of one
+    role, for a quarter of the memory; the gradient is equal in expectation. An optimizer step needs
+    as many samples as there are roles (4): over micro-batches, if a batch has fewer."""
 
     @field_validator("fake_time_range")
     @classmethod
@@ -139,7 +160,26 @@ class ObjectiveSettings(Settings):
             )
         if self.teacher and not (self.self_adversarial > 0 and self.rectification > 0):
             raise ValueError("teacher needs self_adversarial and rectification above 0")
+        if self.teacher and self.passes == "partitioned":
+            raise ValueError("teacher needs passes=stacked or sequential: it is there to compare")
         return self
+
+    def role_of(self, term: str) -> str:
+        """The role whose rows `term` is a function of."""
+        if term in PIXEL_TERMS:
+            return "end_to_end"
+        return self.source if term == "rectification" else term
+
+    @property
+    def source(self) -> str:
+        """The role whose one-step images are the fakes."""
+        return "end_to_end" if self.timestep_aware else "pure_noise"
+
+    @property
+    def least_samples(self) -> int:
+        """Samples that an optimizer step needs: one for each role where they are partitioned."""
+        trained = {self.role_of(name) for name in TERMS if getattr(self, name) > 0}
+        return len(trained) if self.passes == "partitioned" else 1
 
 
 @dataclass(frozen=True)
@@ -162,15 +202,54 @@ class Times:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a network is asked: points x_t (N, C, H, W), levels t and targets r, each (N,)."""
+    """Where a network is asked: points x_t (N, C, H, W), levels t and targets r, each (N,), and the
+    condition (N, ...)."""
 
     x_t: Tensor
     t: Tensor
     r: Tensor
+    condition: Tensor
 
 
-Evaluate = Callable[[Sequence[Rows]], list[Tensor]]
-"""Velocities (N, C, H, W) at each of several groups of rows."""
+@dataclass(frozen=True)
+class Fakes:
+    """One-step images without gradient, noised afresh to level t'."""
+
+    rows: Rows
+    """Where the twin velocity is asked."""
+    velocity: Tensor
+    """z' - x_fake."""
+    judged: list[Tensor]
+    """Real velocity, and the fake one if it was asked without gradient; empty if neither was."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which part of an optimizer step a batch is. All workers give the same."""
+
+    index: int = 0
+    """Batches of this step that came before."""
+    count: int = 1
+    """Batches of this step."""
+    step: int = 0
+    """Optimizer steps before this one."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Samples of a batch that have a role, and what their mean counts in the batch's loss."""
+
+    samples: slice | Tensor
+    weight: float
+
+
+Result = TypeVar("Result")
+Ask = tuple[Velocity, Rows]
+"""A network, and where it is asked."""
+Evaluate = Callable[[Sequence[Ask]], list[Tensor]]
+"""Velocities (N, C, H, W), one for each of what is asked."""
+Chain = Generator[list[Ask], list[Tensor], Result]
+"""Passes that depend on each other: yields what to ask, is sent velocities, returns a result."""
 
 
 @dataclass(frozen=True)
@@ -225,36 +304,60 @@ def mean_absolute(prediction: Tensor, target: Tensor) -> Tensor:
 def step_back(rows: Rows, velocity: Tensor, step: float) -> Rows:
     """(x_m, t_m, r): `rows` moved along `velocity` to t_m = max(t - step, r)."""
     t_m = torch.maximum(rows.t - step, rows.r)
-    return Rows(rows.x_t - _column(rows.t - t_m) * velocity, t_m, rows.r)
+    return Rows(rows.x_t - _column(rows.t - t_m) * velocity, t_m, rows.r, rows.condition)
+
+
+def rcgm_integral(network: Velocity, start: Rows, order: int) -> Chain[Tensor]:
+    """I = sum_i (s_i - s_{i+1}) F(x_{s_i}, s_i, s_{i+1}), `order` Euler steps from t_m to r, where
+    `start` is (x_m, t_m, r)."""
+    total = torch.zeros_like(start.x_t)
+    for i in range(order):
+        t, r = (torch.lerp(start.t, start.r, j / order) for j in (i, i + 1))
+        (velocity,) = yield [(network, Rows(start.x_t - total, t, r, start.condition))]
+        total = total + _column(t - r) * velocity
+    return total
+
+
+def make_fakes(
+    network: Velocity,
+    source: Rows,
+    z: Tensor,
+    level: Tensor,
+    *,
+    real: Velocity | None = None,
+    fake: Velocity | None = None,
+    twin: bool = True,
+) -> Chain[Fakes]:
+    """The one-step images of `source` with noise z (N, C, H, W) of `level` (N,).
+
+    Args:
+        real, fake: networks that are asked for the velocity there, if any.
+        twin: whether a fake velocity is asked at negative times.
+    """
+    (velocity,) = yield [(network, source)]
+    x_fake = one_step_image(source.x_t, velocity, source.t)
+    here = Rows(interpolate(x_fake, z, level), level, level, source.condition)
+    there = Rows(here.x_t, -level, -level, source.condition) if twin else here
+    asked = [*([(real, here)] if real else []), *([(fake, there)] if fake else [])]
+    judged = (yield asked) if asked else []
+    return Fakes(there, z - x_fake, judged)
 
 
 @torch.no_grad()
-def rcgm_integrals(
-    evaluate: Evaluate, starts: Sequence[Rows], order: int, beside: Sequence[Rows] = ()
-) -> tuple[list[Tensor], list[Tensor]]:
-    """I = sum_i (s_i - s_{i+1}) F(x_{s_i}, s_i, s_{i+1}), `order` Euler steps from t_m to r.
-
-    Args:
-        starts: groups of rows (x_m, t_m, r).
-        beside: other rows, evaluated together with the first step.
-
-    Returns:
-        The integral of each start, and the velocity at each of `beside`.
-    """
-    totals = [torch.zeros_like(start.x_t) for start in starts]
-    others: list[Tensor] = []
-    for i in range(order):
-        points = [
-            Rows(start.x_t - total, *(torch.lerp(start.t, start.r, j / order) for j in (i, i + 1)))
-            for start, total in zip(starts, totals)
-        ]
-        velocities = evaluate([*points, *(beside if i == 0 else ())])
-        others += velocities[len(points) :]
-        totals = [
-            total + _column(point.t - point.r) * velocity
-            for total, point, velocity in zip(totals, points, velocities)
-        ]
-    return totals, others
+def in_step(evaluate: Evaluate, chains: Mapping[str, Chain[Any]]) -> dict[str, Any]:
+    """Results of `chains`; what they ask at a time is evaluated together."""
+    results: dict[str, Any] = {}
+    sent: dict[str, list[Tensor] | None] = dict.fromkeys(chains)
+    while sent:
+        asked: dict[str, list[Ask]] = {}
+        for name, velocities in sent.items():
+            try:
+                asked[name] = chains[name].send(velocities)  # type: ignore[arg-type]
+            except StopIteration as end:
+                results[name] = end.value
+        answers = iter(evaluate([ask for asks in asked.values() for ask in asks]))
+        sent = {name: [next(answers) for _ in asks] for name, asks in asked.items()}
+    return results
 
 
 def rcgm_target(
@@ -357,6 +460,38 @@ def draw_times(count: int, settings: ObjectiveSettings, generator: torch.Generat
     )
 
 
+def deal_roles(roles: Sequence[str], samples: int, part: MicroBatch) -> dict[str, Share]:
+    """One role for each of `samples`; roles that none of them has are left out.
+
+    The P samples of the optimizer step stand in a ring; place p has role p modulo their number, and
+    with every step each sample moves on by one place. After P steps each has been everywhere: the
+    mean over these deals of sum_role weight * mean_role is the mean over all samples and roles.
+
+    Args:
+        samples: of this micro-batch, as many as in the others.
+
+    Raises:
+        UsageError: when the optimizer step has fewer samples than there are roles.
+    """
+    total = samples * part.count
+    if total < len(roles):
+        raise UsageError(
+            f"objective.passes=partitioned gives each sample one of {len(roles)} roles "
+            f"({', '.join(roles)}); an optimizer step has {total} "
+            f"sample{'s' if total > 1 else ''} per worker.",
+            f"Raise training.batch or engine.gradient_accumulation until their product is "
+            f"{len(roles)} or more, or set objective.passes=stacked.",
+        )
+    places = (torch.arange(samples) + part.index * samples + part.step) % total
+    shares = {}
+    for i, role in enumerate(roles):
+        (own,) = torch.where(places % len(roles) == i)
+        share = len(range(i, total, len(roles))) / total
+        if len(own):
+            shares[role] = Share(own, len(own) / (samples * share))
+    return shares
+
+
 # --------------------------------------------------------------------------- the step
 
 
@@ -398,6 +533,7 @@ class Objective:
         *,
         pictures: Tensor | None = None,
         progress: float = 1.0,
+        micro_batch: MicroBatch = MicroBatch(),
         target_network: Velocity | None = None,
         fake_network: Velocity | None = None,
         teacher: Velocity | None = None,
@@ -411,63 +547,74 @@ class Objective:
             generator: source of noise and times, on the CPU.
             pictures: (N, 3, H, W) clean images, where x is their latents.
             progress: share of the run that is done, for `self_adversarial_after`.
+            micro_batch: which part of the optimizer step this is, for `passes: partitioned`.
             target_network: network without gradient for the consistency target (an average of
                 the weights for small models); None takes `network` itself.
             fake_network, teacher: what gives the fake and the real velocity of the fakes, at
                 positive times both, in place of `network` (`teasr.dmd`); both or neither.
+
+        Raises:
+            UsageError: when the optimizer step has too few samples to partition.
         """
         settings = self.settings
         active = self._active(progress)
+        shares = self._shares(active, len(x), micro_batch)
+        active = [name for name in active if settings.role_of(name) in shares]
         times = _to(draw_times(len(x), settings, generator), x.device)
-        noise = _Noise(x, generator)
-        evaluate = partial(self._evaluate, condition)
+        places, noise = self._places(times), _Noise(x, generator)
+
+        def rows_of(place: str, role: str) -> tuple[Rows, Tensor]:
+            """Rows at `place` of the samples that have `role`, and their velocity z - x."""
+            own = shares[role].samples
+            t, r = (values[own] for values in places[place])
+            clean, z = x[own], noise(place)[own]
+            return Rows(interpolate(clean, z, t), t, r, condition[own]), z - clean
 
         rows: dict[str, Rows] = {}
         velocities: dict[str, Tensor] = {}
-        for name, (t, r) in self._places(active, times).items():
-            z = noise(name)
-            rows[name], velocities[name] = Rows(interpolate(x, z, t), t, r), z - x
-        consistent = [name for name in ("any_step", "end_to_end") if name in active]
-        starts = [
-            step_back(rows[name], velocities[name], settings.consistency_step)
-            for name in consistent
-        ]
+        for role in shares:
+            if role != "self_adversarial":
+                rows[role], velocities[role] = rows_of(role, role)
 
-        # An average of the weights comes first, while no pass waits for its gradient.
-        integrals: list[Tensor] = []
-        if target_network is not None and starts:
-            ask = partial(evaluate, target_network)
-            integrals, _ = rcgm_integrals(ask, starts, settings.consistency_order)
+        # 1 to N. Without gradient: Euler steps, and one-step images with the velocities there.
+        starts: dict[str, Rows] = {}
+        chains: dict[str, Chain[Any]] = {}
+        for name in ("any_step", "end_to_end"):
+            if name in active:
+                start = step_back(rows[name], velocities[name], settings.consistency_step)
+                starts[name] = start
+                order = settings.consistency_order
+                chains[name] = rcgm_integral(target_network or network, start, order)
 
-        # A. The rows of all terms but the twin ones, with gradient.
-        predictions = dict(zip(rows, evaluate(network, list(rows.values()))))
+        def fakes_of(role: str, **judges: Velocity | None) -> Chain[Fakes]:
+            own = shares[role].samples
+            source, _ = rows_of(settings.source, role)
+            z, level = noise("fakes")[own], times.fake_t[own]
+            return make_fakes(network, source, z, level, twin=fake_network is None, **judges)
 
-        # B, C. Without gradient: velocities of the model's own images, Euler steps.
-        still: list[Rows] = []
-        if set(TWIN_TERMS).intersection(active):
-            source = "end_to_end" if settings.timestep_aware else "pure_noise"
-            one_step, end_t = predictions[source], rows[source].t
-            x_fake = one_step_image(rows[source].x_t, one_step, end_t).detach()
-            z_fake, level = noise("fakes"), times.fake_t
-            real_rows = Rows(interpolate(x_fake, z_fake, level), level, level)
-            twin_rows = real_rows if fake_network else Rows(real_rows.x_t, -level, -level)
-            apart = "self_adversarial" not in active or settings.passes == "sequential"
-            if "rectification" in active:
-                still = [real_rows, *([twin_rows] if apart and not fake_network else [])]
-        judged: list[Tensor] = []
-        if target_network is None and starts:
-            ask = partial(evaluate, network)
-            beside = [] if teacher else still
-            integrals, judged = rcgm_integrals(ask, starts, settings.consistency_order, beside)
-        if still and not judged:
-            with torch.no_grad():
-                judged = evaluate(teacher or network, still)
+        adversarial = "self_adversarial" in active
+        one_for_both = adversarial and settings.passes != "partitioned"
+        if "rectification" in active:
+            fake_judge = None if one_for_both else fake_network or network
+            chains["rectification"] = fakes_of(
+                settings.source, real=teacher or network, fake=fake_judge
+            )
+        if adversarial and not (one_for_both and "rectification" in active):
+            chains["self_adversarial"] = fakes_of("self_adversarial")
+        results = in_step(self._evaluate, chains)
+
+        # The last pass, with gradient.
+        asked = {role: (network, at) for role, at in rows.items()}
+        if adversarial:
+            fakes: Fakes = results.get("self_adversarial") or results["rectification"]
+            asked["self_adversarial"] = (fake_network or network, fakes.rows)
+        predictions = dict(zip(asked, self._evaluate(list(asked.values()))))
 
         terms: dict[str, Tensor] = {}
         weights: dict[str, Tensor | float] = {name: getattr(settings, name) for name in TERMS}
-        for name, start, integral in zip(consistent, starts, integrals):
-            t, r = rows[name].t, rows[name].r
-            target = rcgm_target(predictions[name], velocities[name], integral, t, start.t, r)
+        for name, start in starts.items():
+            t, r, velocity = rows[name].t, rows[name].r, velocities[name]
+            target = rcgm_target(predictions[name], velocity, results[name], t, start.t, r)
             terms[name] = mean_square(predictions[name], target)
         if "flow_matching" in active:
             terms["flow_matching"] = mean_square(
@@ -478,7 +625,8 @@ class Objective:
             x_hat = one_step_image(end.x_t, predictions["end_to_end"], end.t)
             if self.decode is not None:
                 x_hat = self.decode(x_hat)
-            goal = sharpened(x if pictures is None else pictures, settings.pixel_sharpen)
+            clean = (x if pictures is None else pictures)[shares["end_to_end"].samples]
+            goal = sharpened(clean, settings.pixel_sharpen)
             for name in PIXEL_TERMS:
                 weights[name] *= pixel_weight(end.t, settings.pixel_floor)
             if "pixel_mse" in active:
@@ -492,19 +640,18 @@ class Objective:
             if "pixel_lpips" in active and self.lpips:
                 terms["pixel_lpips"] = self.lpips(torch.lerp(goal, x_hat, seen), goal)
 
-        # D. The twin velocity, with gradient.
-        if "self_adversarial" in active:
-            (fake,) = evaluate(fake_network or network, [twin_rows])
-            terms["self_adversarial"] = mean_square(fake, z_fake - x_fake)
+        if adversarial:
+            terms["self_adversarial"] = mean_square(predictions["self_adversarial"], fakes.velocity)
         if "rectification" in active:
-            real = judged[0]
-            fake = judged[1] if len(judged) > 1 else fake
+            one_step, judged = predictions[settings.source], results["rectification"].judged
+            real, fake = judged if len(judged) > 1 else (*judged, predictions["self_adversarial"])
             target = rectification_target(one_step, fake, real)
             terms["rectification"] = mean_square(one_step, target)
             weights["rectification"] *= rectification_weight(
-                fake, real, end_t, settings.rectification_bound
+                fake, real, rows[settings.source].t, settings.rectification_bound
             )
-        return _weigh(terms, weights)
+        parts = {name: shares[settings.role_of(name)].weight for name in terms}
+        return _weigh(terms, weights, parts)
 
     def _active(self, progress: float) -> list[str]:
         """Terms that are trained when `progress` of the run is done."""
@@ -517,33 +664,41 @@ class Objective:
             if getattr(settings, name) > 0 and (perceptual or name != "pixel_lpips")
         ]
 
-    def _places(self, active: Sequence[str], times: Times) -> dict[str, tuple[Tensor, Tensor]]:
-        """(t, r) of each group of rows between pictures and noise that `active` terms ask for."""
+    def _shares(
+        self, active: Sequence[str], samples: int, micro_batch: MicroBatch
+    ) -> dict[str, Share]:
+        """Who has which role: all samples have all of them, or each has one."""
+        asked = {self.settings.role_of(name) for name in active}
+        roles = [role for role in ROLES if role in asked]
+        if self.settings.passes == "partitioned":
+            return deal_roles(roles, samples, micro_batch)
+        return {role: Share(slice(None), 1.0) for role in roles}
+
+    def _places(self, times: Times) -> dict[str, tuple[Tensor, Tensor]]:
+        """(t, r) of each group of rows between pictures and noise."""
         zeros = torch.zeros_like(times.end_t)
-        every = {
+        return {
             "any_step": (times.any_t, times.any_r),
             "end_to_end": (times.end_t, zeros),
             "flow_matching": (times.flow_t, times.flow_r),
             "pure_noise": (torch.ones_like(zeros), zeros),
         }
-        asked = set(active)
-        if asked.intersection(PIXEL_TERMS):
-            asked.add("end_to_end")
-        if asked.intersection(TWIN_TERMS):
-            asked.add("end_to_end" if self.settings.timestep_aware else "pure_noise")
-        return {name: places for name, places in every.items() if name in asked}
 
-    def _evaluate(
-        self, condition: Tensor, network: Velocity, groups: Sequence[Rows]
-    ) -> list[Tensor]:
-        """Velocities at each group of rows, in one pass or in one for each."""
+    def _evaluate(self, asked: Sequence[Ask]) -> list[Tensor]:
+        """Velocities at each of `asked`, in one pass per network or in one for each."""
         if self.settings.passes == "sequential":
-            return [network(rows.x_t, rows.t, rows.r, condition) for rows in groups]
-        x_t, t, r = (
-            torch.cat([getattr(rows, name) for rows in groups]) for name in ("x_t", "t", "r")
-        )
-        velocity = network(x_t, t, r, torch.cat([condition] * len(groups)))
-        return list(velocity.chunk(len(groups)))
+            return [network(at.x_t, at.t, at.r, at.condition) for network, at in asked]
+        found: dict[int, Tensor] = {}
+        for network in dict.fromkeys(network for network, _ in asked):
+            own = [i for i, (other, _) in enumerate(asked) if other == network]
+            groups = [asked[i][1] for i in own]
+            inputs = (
+                torch.cat([getattr(rows, name) for rows in groups])
+                for name in ("x_t", "t", "r", "condition")
+            )
+            velocities = network(*inputs).split([len(rows.t) for rows in groups])
+            found.update(zip(own, velocities))
+        return [found[i] for i in range(len(asked))]
 
 
 class _Noise:
@@ -555,14 +710,20 @@ class _Noise:
     def __init__(self, x: Tensor, generator: torch.Generator) -> None:
         seeds = torch.randint(2**62, (len(self.NAMES),), generator=generator)
         self._x, self._seeds = x, dict(zip(self.NAMES, seeds.tolist()))
+        self._drawn: dict[str, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seeds[name])
-        return torch.randn(self._x.shape, generator=generator).to(self._x.device)
+        if name not in self._drawn:
+            generator = torch.Generator().manual_seed(self._seeds[name])
+            field = torch.randn(self._x.shape, generator=generator)
+            self._drawn[name] = field.to(self._x.device)
+        return self._drawn[name]
 
 
-def _weigh(terms: dict[str, Tensor], weights: dict[str, Tensor | float]) -> Losses:
-    total = sum((weights[name] * values).mean() for name, values in terms.items())
+def _weigh(
+    terms: dict[str, Tensor], weights: dict[str, Tensor | float], parts: dict[str, float]
+) -> Losses:
+    total = sum(parts[name] * (weights[name] * values).mean() for name, values in terms.items())
     assert isinstance(total, Tensor)
     return Losses(total, {name: values.detach() for name, values in terms.items()})
 
