@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from teasr.backbones.dit import PRESETS, DualBranchDiT
 from teasr.engine import Engine, EngineSettings
 from teasr.errors import TeasrError
+from tests.ports import free_port
 
 STEPS = 4
 PLAIN = {
@@ -31,12 +31,6 @@ PLAIN = {
 
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _join(port: int, rank: int = 0, workers: int = 1) -> None:
@@ -54,7 +48,7 @@ def _join(port: int, rank: int = 0, workers: int = 1) -> None:
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Callable[..., Any]]:
     """`apart(function, *arguments)` in a process of its own that stands for a training worker."""
-    with ProcessPoolExecutor(1, SPAWN, initializer=_join, initargs=(_free_port(),)) as pool:
+    with ProcessPoolExecutor(1, SPAWN, initializer=_join, initargs=(free_port(),)) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=300)
 
 
@@ -190,6 +184,20 @@ def resume(folder: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[
     return results[0], results[1]
 
 
+def checkpoint_early(folder: str) -> list[float | None]:
+    """Norms of steps of a single pass, with the weights asked for after each, of an engine that
+    begins with a checkpoint."""
+    made_engine({"zero_stage": 3}).save(Path(folder), {})
+    engine, norms = made_engine({"zero_stage": 3}), []
+    engine.load(Path(folder))
+    for _ in range(3):
+        x_t, condition = torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 3, 4, 4)
+        loss = engine.network(x_t, torch.ones(1), torch.zeros(1), condition).square().mean()
+        norms.append(engine.step(loss, 0.5))
+        engine.state_dict(average=False)
+    return norms
+
+
 def load_from(folder: str) -> None:
     made_engine({}).load(Path(folder))
 
@@ -256,7 +264,7 @@ def test_engine_trains_as_plain_torch_does(apart, settings: dict[str, Any]) -> N
 @pytest.mark.journey
 def test_two_workers_under_zero_3_train_as_one_does(tmp_path: Path) -> None:
     """Small parameters stay gathered there, and must follow the average into and out of use."""
-    port = _free_port()
+    port = free_port()
     settings = {"zero_stage": 3}
     workers = [
         SPAWN.Process(target=_worker, args=(port, rank, settings, str(tmp_path))) for rank in (0, 1)
@@ -298,6 +306,11 @@ def test_a_resumed_run_continues_digit_for_digit(apart, tmp_path: Path, stage: i
     for kind in ("weights", "average"):
         for name, value in straight[kind].items():
             assert torch.equal(resumed[kind][name], value), (kind, name)
+
+
+def test_weights_may_be_asked_for_right_after_a_resume(apart, tmp_path: Path) -> None:
+    """DeepSpeed takes the order of the first pass for that of all, and loses count."""
+    assert all(norm is not None and norm > 0 for norm in apart(checkpoint_early, str(tmp_path)))
 
 
 def test_a_folder_without_a_checkpoint_is_named(apart, tmp_path: Path) -> None:

@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import PLAIN, SPAWN, _free_port, _join, advance, network
+from test_engine import PLAIN, SPAWN, _join, advance, network
 from torch import Tensor
 
 from teasr import checkpoints, engine
+from teasr.backbones.branch_lora import LoraPair
 from teasr.backbones.dit import PRESETS, DiTSettings, DualBranchDiT
+from teasr.backbones.latent import LatentBackbone
+from teasr.backbones.qwen_image import QwenImageBackbone
+from teasr.backbones.z_image import ZImageBackbone
 from teasr.engine import Engine, EngineSettings, NvmeBuffers, check_offload
 from teasr.errors import TeasrError, UsageError
-from teasr.objective import TERMS, Objective, ObjectiveSettings
+from teasr.objective import TERMS, MicroBatch, Objective, ObjectiveSettings
+from tests.ports import free_port
 
 STAGES = (1, 3)
 
@@ -26,7 +31,7 @@ STAGES = (1, 3)
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Callable[..., Any]]:
     """`apart(function, *arguments)` in a process of its own that stands for a training worker."""
-    with ProcessPoolExecutor(1, SPAWN, initializer=_join, initargs=(_free_port(),)) as pool:
+    with ProcessPoolExecutor(1, SPAWN, initializer=_join, initargs=(free_port(),)) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=500)
 
 
@@ -82,7 +87,7 @@ def phases(port: int, rank: int, workers: int, folder: str, name: str, source: s
 
 
 def run_phase(workers: int, folder: Path, name: str, source: str | None) -> None:
-    port = _free_port()
+    port = free_port()
     arguments = [(port, rank, workers, str(folder), name, source) for rank in range(workers)]
     started = [SPAWN.Process(target=phases, args=each) for each in arguments]
     for process in started:
@@ -250,6 +255,45 @@ def assert_gradients(found: dict[str, Tensor], plain: dict[str, Tensor], which: 
         )
 
 
+def dealt_loss(network: Any, part: MicroBatch) -> Tensor:
+    """Total of one sample of a step of several: each has another role."""
+    generator = torch.Generator().manual_seed(part.index)
+    x = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
+    low = torch.nn.functional.interpolate(x, scale_factor=0.25, mode="area")
+    objective = Objective(ObjectiveSettings(passes="partitioned", pixel_lpips=0))
+    return objective(network, x, low, generator, micro_batch=part).total
+
+
+def dealt_gradients(count: int) -> dict[str, Tensor]:
+    """Of the second step, whose deal is another one."""
+    from deepspeed.utils import safe_get_full_grad
+
+    chosen = {"zero_stage": 3, "gradient_accumulation": count, "learning_rate": 1e-30}
+    settings = EngineSettings.model_validate(PLAIN | chosen)
+    made = Engine(objective_network(PRESETS["teasr-xs"]), settings, micro_batch=1)
+    for index in range(2 * count):
+        assert (made.accumulated, made.steps) == (index % count, index // count)
+        part = MicroBatch(made.accumulated, count, made.steps)
+        loss = dealt_loss(made.network, part)
+        if index < 2 * count - 1:
+            made.step(loss, 0.5)
+    made._engine.backward(loss)
+    return {name: safe_get_full_grad(p).clone() for name, p in made._named_trainable()}
+
+
+def test_roles_go_round_over_micro_batches_of_one_sample(apart: Callable[..., Any]) -> None:
+    count = 5
+    found = apart(dealt_gradients, count)
+    plain = objective_network(PRESETS["teasr-xs"])
+    for index in range(count):
+        (dealt_loss(plain, MicroBatch(index, count, 1)) / count).backward()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in plain.named_parameters()
+    }
+    assert_gradients(found, gradients, "partitioned")
+
+
 def asynchronous_io_is_compiled() -> bool:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     return any(root.rglob("async_io.so"))
@@ -271,6 +315,96 @@ def test_parameters_on_nvme_have_the_same_gradients(
     before, after = apart(resumed_from_nvme, str(path), on_nvme)
     for name, value in before.items():
         assert torch.equal(after[name], value), name
+
+
+def adapted_network(kind: str) -> LatentBackbone:
+    """Frozen weights and adapters of a pretrained backbone's shape, few and wide: the larger go to
+    NVMe also where two workers share them."""
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer: Any
+    if kind == "qwen-image":
+        transformer = diffusers.QwenImageTransformer2DModel(
+            num_layers=4,
+            attention_head_dim=16,
+            num_attention_heads=32,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+            in_channels=16,
+            out_channels=4,
+        )
+        made: LatentBackbone = QwenImageBackbone(transformer, torch.randn(3, 24), rank=4)
+    else:
+        transformer = diffusers.ZImageTransformer2DModel(
+            n_layers=3,
+            n_refiner_layers=1,
+            dim=512,
+            n_heads=32,
+            n_kv_heads=32,
+            cap_feat_dim=24,
+            in_channels=4,
+            axes_dims=[4, 6, 6],
+            axes_lens=[64, 64, 64],
+        )
+        made = ZImageBackbone(transformer, torch.randn(3, 24), rank=4)
+    for part in made.modules():
+        if isinstance(part, LoraPair):
+            torch.nn.init.normal_(part.lora_B.weight, std=0.05)
+    return made
+
+
+def latent_objective(passes: str, network: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, condition = torch.randn(2, 4, 4, 4, 4, generator=generator)
+    settings = ObjectiveSettings(passes=passes, pixel_lpips=0)  # type: ignore[arg-type]
+    return Objective(settings)(network, x, condition, generator).total
+
+
+def adapted_gradients(
+    port: int, rank: int, workers: int, kind: str, folder: str, cases: list[tuple[str, bool]]
+) -> None:
+    """A step each of (passes, gradient checkpointing) on one engine; nothing moves."""
+    _join(port, rank, workers)
+    from deepspeed.utils import safe_get_full_grad
+
+    on_nvme = {"zero_stage": 3, "offload_parameters": "nvme", "nvme_path": folder}
+    settings = EngineSettings.model_validate(PLAIN | on_nvme | {"learning_rate": 1e-30})
+    made = Engine(adapted_network(kind), settings, micro_batch=4)
+    found = []
+    for passes, checkpointing in cases:
+        made.network.module.gradient_checkpointing = checkpointing
+        made._engine.backward(latent_objective(passes, made.network))
+        named = made._named_trainable()
+        found.append({name: safe_get_full_grad(p).clone() for name, p in named})
+        made._engine.step()
+    if rank == 0:
+        torch.save(found, Path(folder) / "gradients.pt")
+
+
+@pytest.mark.skipif(
+    not asynchronous_io_is_compiled(), reason="DeepSpeed's async_io takes minutes to compile"
+)
+@pytest.mark.parametrize(("kind", "workers"), [("qwen-image", 2), ("z-image", 1)])
+def test_adapters_on_a_base_on_nvme_have_the_same_gradients(
+    tmp_path: Path, kind: str, workers: int
+) -> None:
+    """Pass after pass there are buffers for what is needed, in one process and in two."""
+    cases = [("stacked", False), ("partitioned", False), ("stacked", True), ("sequential", True)]
+    port = free_port()
+    arguments = [(port, rank, workers, kind, str(tmp_path), cases) for rank in range(workers)]
+    started = [SPAWN.Process(target=adapted_gradients, args=each) for each in arguments]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(400)
+        assert process.exitcode == 0
+    assert list(tmp_path.rglob("*.swp"))
+    for (passes, _), found in zip(cases, torch.load(tmp_path / "gradients.pt"), strict=True):
+        made = adapted_network(kind)
+        latent_objective(passes, made).backward()
+        plain = {name: p.grad for name, p in made.trainable().items() if p.grad is not None}
+        assert_gradients(found, plain, passes)
 
 
 def resumed_from_nvme(

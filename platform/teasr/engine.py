@@ -15,8 +15,10 @@ import math
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +46,14 @@ class EngineSettings(Settings):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO: 1 shards the optimizer, 2 also gradients, 3 also parameters."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters wait for their turn: `none` on the device, `cpu` in host memory, `nvme` in
-    files under `nvme_path`. Each pass streams all of them; needs `zero_stage` 3."""
+    offload_parameters: Literal["none", "cpu", "nvme", "stream"] = "none"
+    """Where parameters wait for their turn: `none` on the device; `cpu` in host memory or `nvme` in
+    files under `nvme_path`, both with `zero_stage` 3; `stream`: the frozen ones of a pretrained
+    backbone in the files that they came in, read block by block (`teasr.streaming`), by one worker
+    with `zero_stage` 0. Each pass streams all of them."""
+    stream_cache_gb: float = Field(0.0, ge=0)
+    """With `stream`, gigabytes (1e9 bytes) of blocks that stay where they compute: on the device,
+    or on a CPU in the page cache."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Keep optimizer states and fp32 weights on the device (`none`) or in host memory (`cpu`)."""
     nvme_path: str | None = None
@@ -87,9 +94,17 @@ class EngineSettings(Settings):
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> EngineSettings:
-        if self.offload_optimizer != "none" and self.zero_stage == 0:
+        streamed = self.offload_parameters == "stream"
+        if streamed and self.zero_stage != 0:
+            raise ValueError(
+                "offload_parameters=stream needs zero_stage 0: one worker reads the weights from "
+                "their files, and nothing is sharded"
+            )
+        if self.stream_cache_gb and not streamed:
+            raise ValueError("stream_cache_gb needs offload_parameters=stream")
+        if self.offload_optimizer != "none" and self.zero_stage == 0 and not streamed:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
-        if self.offload_parameters != "none" and self.zero_stage != 3:
+        if self.offload_parameters in ("cpu", "nvme") and self.zero_stage != 3:
             raise ValueError(
                 f"offload_parameters={self.offload_parameters} needs zero_stage 3: the other "
                 "stages keep whole parameters on the device"
@@ -111,6 +126,11 @@ class EngineSettings(Settings):
         done = min(max((progress - self.warmup_share) / (1 - self.warmup_share), 0.0), 1.0)
         low = self.final_learning_rate_share
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def ema_decay_at(self, steps: int) -> float:
+        """Decay of the average after `steps` optimizer steps: a short history first, so that it
+        forgets the initial weights as fast as a mean would."""
+        return min(self.ema_decay, (1 + steps) / (10 + steps))
 
     def deepspeed_config(
         self, micro_batch: int, buffers: NvmeBuffers | None = None
@@ -135,6 +155,9 @@ class EngineSettings(Settings):
                 "buffer_count": buffers.count,
                 "buffer_size": buffers.elements,
             }
+            # DeepSpeed 0.19 fails when it reads ahead a parameter that a pass uses twice, such as
+            # the modulation of Z-Image's blocks by both levels.
+            zero["stage3_prefetch_bucket_size"] = 0
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": self.gradient_accumulation,
@@ -233,7 +256,11 @@ class NvmeBuffers:
     @classmethod
     def for_network(cls, network: nn.Module, element_bytes: int, workers: int) -> NvmeBuffers:
         """Room for the parameters of the largest block (an element of a `ModuleList`), each in a
-        buffer of its own, and for as many that are fetched ahead or held back for backward."""
+        buffer of its own, and for as many that are held back for backward.
+
+        Backward through one pass, or through several with gradient checkpointing, lets go of each
+        block when it is done; through several passes without, it holds all until the last is.
+        """
 
         def swapped(module: nn.Module) -> list[int]:
             parts = (-(-p.numel() // workers) for p in module.parameters())
@@ -246,7 +273,69 @@ class NvmeBuffers:
         return cls(max(count, 5), max(everything, default=SWAPPED_BYTES))
 
 
-class Engine:
+class Stopwatch:
+    """Seconds that the phases of a step take, by the clock of the device that does the work.
+
+    A GPU runs behind the host: marks are left in its queue, and it is waited for only when
+    `seconds` are asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        """Forget the step before, and begin another."""
+        self._marks = [("", self._now())]
+
+    def mark(self, phase: str) -> None:
+        """What happened since the last mark was `phase`."""
+        self._marks.append((phase, self._now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, of the step last begun."""
+        if self._device.type != "cuda":
+            return {name: now - then for (_, then), (name, now) in pairwise(self._marks)}
+        if self._marks:
+            self._marks[-1][1].synchronize()
+        return {
+            name: then.elapsed_time(now) / 1000 for (_, then), (name, now) in pairwise(self._marks)
+        }
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+class Averaged(ABC):
+    """A trained network whose weights give place to their average for as long as one asks.
+
+    Attributes:
+        network: the trained network, callable as a `Velocity`.
+    """
+
+    network: Any
+
+    @abstractmethod
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network computes with the average of its weights; take no step in here."""
+
+    def averaged_network(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Any) -> Tensor:
+        """The network with the average of its weights, as a `Velocity`; call it without gradient.
+
+        No forward pass that is to be differentiated may be pending: weights change place for the
+        length of the call.
+        """
+        with self.averaged():
+            result: Tensor = self.network(x_t, t, r, condition)
+        return result
+
+
+class Engine(Averaged):
     """A backbone under training.
 
     Must be built in a process where `torch.distributed` is initialised or RANK, WORLD_SIZE and
@@ -254,6 +343,7 @@ class Engine:
 
     Attributes:
         network: the trained network, callable as a `Velocity`.
+        stopwatch: seconds that `backward` and `optimizer` took in the last step.
     """
 
     def __init__(self, network: Backbone, settings: EngineSettings, micro_batch: int) -> None:
@@ -270,10 +360,13 @@ class Engine:
             workers = torch.distributed.get_world_size()
         _check_trained_size(network, settings, workers)
         buffers = NvmeBuffers.for_network(network, settings.dtype.itemsize, workers)
+        config = settings.deepspeed_config(micro_batch, buffers)
+        if settings.zero_stage == 3:
+            _partition(network, settings.dtype, config)
         self._engine, *_ = deepspeed.initialize(
             model=network,
             model_parameters=[p for p in network.parameters() if p.requires_grad],
-            config=settings.deepspeed_config(micro_batch, buffers),
+            config=config,
             dist_init_required=not torch.distributed.is_initialized(),
         )
         self.network = self._engine
@@ -283,11 +376,17 @@ class Engine:
             else None
         )
         self.steps = 0
+        self.stopwatch = Stopwatch(self.device)
 
     @property
     def device(self) -> torch.device:
         """Where batches must be."""
         return torch.device(self._engine.device)
+
+    @property
+    def accumulated(self) -> int:
+        """Micro-batches since the last optimizer step; a checkpoint keeps no gradients of them."""
+        return int(self._engine.micro_steps) % self.settings.gradient_accumulation
 
     def step(self, loss: Tensor, progress: float) -> float | None:
         """Backward, and at an accumulation boundary one optimizer step.
@@ -301,9 +400,12 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(progress)
+        self.stopwatch.start()
         self._engine.backward(loss)
+        self.stopwatch.mark("backward")
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
+            self.stopwatch.mark("optimizer")
             return None
         norm = None
         if self.settings.zero_stage == 0:  # DeepSpeed keeps the norm only where it shards
@@ -312,6 +414,7 @@ class Engine:
         self._engine.step()
         self.steps += 1
         self._update_average()
+        self.stopwatch.mark("optimizer")
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
@@ -328,6 +431,7 @@ class Engine:
                     [parameter], enabled=self.settings.zero_stage == 3
                 ):
                     result[name] = parameter.detach().float().cpu().clone()
+        self._forget_order()
         return result
 
     @contextlib.contextmanager
@@ -341,16 +445,6 @@ class Engine:
             yield
         finally:
             self._swap()
-
-    def averaged_network(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
-        """The network with the average of its weights, as a `Velocity`; call it without gradient.
-
-        No forward pass that is to be differentiated may be pending: weights change place for the
-        length of the call.
-        """
-        with self.averaged():
-            result: Tensor = self.network(x_t, t, r, condition)
-        return result
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write a checkpoint: trained weights, optimizer, average, and `state`, each rank its part;
@@ -409,7 +503,7 @@ class Engine:
         config.load_universal_checkpoint = universal
         try:
             _, client = self._engine.load_checkpoint(
-                str(folder), tag=checkpoints.ENGINE_FOLDER, load_module_strict=False
+                str(folder), tag=checkpoints.ENGINE_FOLDER, custom_load_fn=_load_trained
             )
         finally:
             config.load_universal_checkpoint = False
@@ -425,6 +519,17 @@ class Engine:
             if self.settings.zero_stage == 3:
                 whole = checkpoints.partition(whole, _elements(parameter), rank, workers)
             average.copy_(whole.view_as(average))
+
+    def _forget_order(self) -> None:
+        """Have ZeRO-3 learn anew in which order parameters are used.
+
+        Parameters that were gathered apart from a pass are otherwise looked for in a queue that no
+        longer has them ("tracing error"; seen in the second step after a load).
+        """
+        if self.settings.zero_stage == 3:
+            coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         named = self._engine.module.named_parameters()
@@ -448,8 +553,7 @@ class Engine:
     def _update_average(self) -> None:
         if self._average is None:
             return
-        # A short history first: the average forgets the initial weights as fast as a mean would.
-        decay = min(self.settings.ema_decay, (1 + self.steps) / (10 + self.steps))
+        decay = self.settings.ema_decay_at(self.steps)
         for average, part in zip(self._average, self._parts()):
             average.lerp_(part.float(), 1 - decay)
 
@@ -481,15 +585,59 @@ def _prepare(network: nn.Module, settings: EngineSettings) -> None:
     for parameter in network.parameters():
         if not parameter.requires_grad and parameter.dtype in (torch.float32, torch.bfloat16):
             parameter.data = parameter.data.to(settings.dtype)
-    able = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
+    set_gradient_checkpointing(network, settings)
+
+
+@torch.no_grad()
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Copy what is trained from a state dict; frozen weights may be read-only files."""
+    for name, parameter in dst.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(src[name])
+
+
+def _partition(network: nn.Module, dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Cut the parameters up for ZeRO-3, one after the other.
+
+    Left alone, DeepSpeed moves the whole network to the device before it cuts anything, which a
+    network for several devices does not fit. Then it has rank 0 overwrite each parameter on all
+    ranks: weights that are mapped files, read-only, must be copied first, one at a time.
+    """
+    import deepspeed
+
+    parameters: list[Any] = list(network.parameters())
+    convert: Any = None
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype, copy=True)
+        if convert is None:
+            first = nn.Module()
+            first.register_parameter("parameter", parameter)
+            deepspeed.zero.Init(module=first, config_dict_or_path=config)
+            convert = parameter.convert_to_zero_parameters  # by the same group and swapper
+        else:
+            convert(param_list=[parameter])
+    device = deepspeed.get_accelerator().current_device_name()
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def set_gradient_checkpointing(network: nn.Module, settings: EngineSettings) -> None:
+    """Give every part of the network that can compute its activations again the settings' choice.
+
+    Raises:
+        UsageError: when it is asked of a network with no such part.
+    """
+    able: list[Any] = [
+        part for part in network.modules() if hasattr(part, "gradient_checkpointing")
+    ]
     if settings.gradient_checkpointing and not able:
         raise UsageError(
             f"engine.gradient_checkpointing: {type(network).__name__} cannot compute its "
             "activations a second time.",
             "Set it to false.",
         )
-    for module in able:
-        setattr(module, "gradient_checkpointing", settings.gradient_checkpointing)  # noqa: B010
+    for part in able:
+        part.gradient_checkpointing = settings.gradient_checkpointing
 
 
 def _check_trained_size(network: nn.Module, settings: EngineSettings, workers: int) -> None:
