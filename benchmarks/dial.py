@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from peers import METRICS, Pair, add_source, counts, lpips_of, one_core, pairs_of
 
 from teasr import registry
-from teasr.backbones import DualBranchDiT, load_backbone
+from teasr.backbones import Model, load_model
 from teasr.errors import TeasrError
 from teasr.lpips import Lpips
 from teasr.metrics import score
@@ -33,10 +33,10 @@ from teasr.restoration import RestorationSettings, restore
 
 STYLES = {
     "few": {"style": "few"},
-    "few, uniform": {"style": "few", "warp": None},
-    "any": {"style": "any", "warp": None},
-    "multi": {"style": "multi", "warp": None},
-    "heun": {"style": "heun", "warp": None},
+    "few, uniform": {"style": "few", "warp": (1.0, 1.0)},
+    "any": {"style": "any", "warp": (1.0, 1.0)},
+    "multi": {"style": "multi", "warp": (1.0, 1.0)},
+    "heun": {"style": "heun", "warp": (1.0, 1.0)},
 }
 STEPS = "1,2,3,4,6,8,12,16"
 Figures = dict[str, float]
@@ -47,20 +47,20 @@ Key = tuple[str, int]
 
 
 def measure(
-    name: str, pairs: list[Pair], network: DualBranchDiT, keys: list[Key], lpips: Lpips | None
+    name: str, pairs: list[Pair], model: Model, keys: list[Key], lpips: Lpips | None
 ) -> dict[Key, Figures]:
     """Figures by key; each picture is restored by all keys in turn."""
     settings = {
         (style, steps): RestorationSettings.model_validate(STYLES[style] | {"steps": steps})
         for style, steps in keys
     }
-    restore(network, pairs[0].lr, RestorationSettings())  # to warm up
+    restore(model.network, pairs[0].lr, RestorationSettings(), codec=model.codec)  # to warm up
     values: dict[Key, dict[str, list[float | None]]] = {key: {} for key in keys}
     for number, pair in enumerate(pairs, 1):
         print(f"\r{name}: {number} of {len(pairs)} pictures", end="", file=sys.stderr, flush=True)
         for key in keys:
             begin = time.perf_counter()
-            restored = restore(network, pair.lr, settings[key])
+            restored = restore(model.network, pair.lr, settings[key], codec=model.codec)
             seconds = time.perf_counter() - begin
             scores = score(restored, pair.hr, lpips)
             measured = {metric: getattr(scores, metric) for metric in ("psnr_y", "ssim_y", "lpips")}
@@ -133,12 +133,12 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     one_core()
     sets, lpips = pairs_of(arguments), lpips_of(arguments)
-    network = load_backbone(registry.resolve(arguments.model))
+    model = load_model(registry.resolve(arguments.model))
     print(f"{registry.describe(arguments.model)}; one thread on one core")
     keys = [(style, steps) for style in arguments.styles for steps in arguments.steps]
     result = {}
     for name, pairs in sets.items():
-        figures = measure(name, pairs, network, keys, lpips)
+        figures = measure(name, pairs, model, keys, lpips)
         print_table(name, len(pairs), figures)
         if arguments.svg and not result:
             arguments.svg.write_text(document(plot(name, figures)))

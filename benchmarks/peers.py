@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from jobs.quickstart import sample_photographs
 from teasr import registry
-from teasr.backbones import load_backbone
+from teasr.backbones import load_model
 from teasr.degradation import PRESETS, Degradation
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import system_name
@@ -622,10 +622,15 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     one_core()
     sets, lpips = pairs_of(arguments), lpips_of(arguments)
-    network = load_backbone(registry.resolve(arguments.model))
+    model = load_model(registry.resolve(arguments.model))
     models = {
         f"teasr {system_name(count)}": timed(
-            partial(restore, network, settings=RestorationSettings(steps=count))
+            partial(
+                restore,
+                model.network,
+                settings=RestorationSettings(steps=count),
+                codec=model.codec,
+            )
         )
         for count in arguments.steps
     }

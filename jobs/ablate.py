@@ -212,7 +212,7 @@ def _measure(
     several = tuple(steps for steps in recipe.evaluation.steps if steps > 1)
     for suffix, steps, settings in (
         ("", recipe.evaluation.steps, RestorationSettings()),
-        (EVEN, several, RestorationSettings(warp=None)),
+        (EVEN, several, RestorationSettings(warp=(1.0, 1.0))),
     ):
         if not steps:
             continue

@@ -1,7 +1,8 @@
 """The command line. Every command ends by saying what was made and what to run next.
 
 Exit codes: 0 done; 1 the work could not be done (a gate refused, a server is away, pictures
-failed); 2 the request itself is wrong. A user's mistake is told in one line; a traceback is for
+failed); 2 the request itself is wrong; 75 a training was asked to end and goes on when the command
+is given again. A user's mistake is told in one line; a traceback is for
 our own bugs. Heavy libraries are imported by the command that needs them, so that `--help`
 answers at once.
 """
@@ -260,7 +261,66 @@ def distill(
         f"{result.position['samples']} pairs, {result.position['seconds'] / 60:.1f} min",
         f"model in {result.model}",
     )
+    if result.best:
+        best = result.best
+        say(f"best preview: {best['psnr_y']:.2f} dB at step {best['step']}, in {best['model']}")
     suggest(f"teasr evaluate {result.model} --data PAIRS", f"teasr restore {result.model} IN OUT")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped recipe.")
+    ],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs [default: this machine's].", min=0)] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Of each, such as 24GB [default: this machine's].")
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Such as 64GB [default: this machine's].")
+    ] = None,
+    disk: Annotated[str | None, typer.Option(help="Free room, such as 500GB.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="In place of the recipe's [default: one per --gpus].", min=1)
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s of large matrix products, per worker.")
+    ] = None,
+    host_bandwidth: Annotated[
+        str | None, typer.Option(help="Per second, host memory to GPU, such as 25GB.")
+    ] = None,
+    disk_bandwidth: Annotated[str | None, typer.Option(help="Per second, such as 3GB.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    home: Home = None,
+) -> None:
+    """Does a recipe fit, with which offload, and how long is a step; exit code 1 if it does not."""
+    root = _home(home)
+    from jobs import plan as planner
+    from jobs.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    machine = planner.machine_of(
+        root,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        disk=disk,
+        tflops=tflops,
+        host_bandwidth=host_bandwidth,
+        disk_bandwidth=disk_bandwidth,
+    )
+    planned = planner.plan(loaded, machine, workers or (gpus or None))
+    if as_json:
+        console.print_json(data=planner.document(planned))
+    else:
+        console.print(planner.parts_table(planned.given))
+        console.print(planner.choices_table(planned))
+        say(planner.rates(machine), f"{recipe} {planner.sentence(planned)}")
+    if not planned.given.fits:
+        raise typer.Exit(1)
+    if not as_json:
+        suggest(f"teasr distill {recipe} {' '.join(overrides or [])}".rstrip())
 
 
 @app.command()
@@ -480,8 +540,12 @@ def restore(
     steps: Steps = 1,
     seed: Seed = 0,
     tile: Annotated[
-        int, typer.Option(help="Longest side of a tile in LR pixels; less takes less memory.")
-    ] = 384,
+        int | None,
+        typer.Option(
+            help="Longest side of a tile in LR pixels; less takes less memory. [default: the "
+            "model's own]"
+        ),
+    ] = None,
     colour: Annotated[
         str,
         typer.Option(
@@ -531,7 +595,7 @@ def restore(
 
 
 def _restore_one(folder: Path, source: Path, target: Path, settings, format: str) -> None:  # type: ignore[no-untyped-def]
-    from teasr.backbones import load_backbone
+    from teasr.backbones import load_model
     from teasr.images import BadPicture, decode
     from teasr.restoration import restore_picture
     from teasr.shards import write_bytes
@@ -543,15 +607,17 @@ def _restore_one(folder: Path, source: Path, target: Path, settings, format: str
     except BadPicture as error:
         raise UsageError(f"{source}: {error.message}", error.hint) from None
     with progress_bar("restore", total=1.0) as update:
+        model = load_model(folder)
         restored = restore_picture(
-            load_backbone(folder),
+            model.network,
             picture,
             settings,
             format,
             progress=lambda done, total: update(done / total, f"{done} of {total} tiles"),
+            codec=model.codec,
         )
     write_bytes(str(target.absolute()), restored)
-    height, width = (side * 4 for side in picture.rgb.shape[:2])
+    height, width = (side * model.network.scale for side in picture.rgb.shape[:2])
     note = " (read as 8 bits)" if picture.bits > 8 else ""
     say(f"{target}: {width} x {height} from {source.name}{note}, {settings.steps} step(s)")
 

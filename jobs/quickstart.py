@@ -19,7 +19,7 @@ from jobs.recipe import Recipe
 from jobs.retrain import Retrained, retrain
 from jobs.steps import Steps
 from teasr import registry
-from teasr.backbones import load_backbone
+from teasr.backbones import load_model
 from teasr.errors import TeasrError, UsageError
 from teasr.images import decode
 from teasr.restoration import RestorationSettings, restore_picture
@@ -79,10 +79,9 @@ def quickstart(recipe: Recipe, home: Path) -> Quickstarted:
         pictures.mkdir(parents=True, exist_ok=True)
         with ScoringServer(f"models:/{recipe.model}@champion", client=client) as server:
             answer = request(server.url, lr)
+        model = load_model(registry.resolve(f"models:/{recipe.model}/{champion}"))
         expected = restore_picture(
-            load_backbone(registry.resolve(f"models:/{recipe.model}/{champion}")),
-            decode(lr),
-            RestorationSettings(),
+            model.network, decode(lr), RestorationSettings(), codec=model.codec
         )
         if decode(answer.png).rgb.tobytes() != decode(expected).rgb.tobytes():
             raise TeasrError("The scoring server's picture differs from the model's own.")

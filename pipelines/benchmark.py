@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.runtime import ensure_ray, quiet_ray_data
-from teasr.backbones import DualBranchDiT, load_backbone
+from teasr.backbones import Model, load_model, named_base
 from teasr.dists import Dists
 from teasr.errors import TeasrError
 from teasr.evaluation import BICUBIC, DEFAULT_METRICS, Evaluation, system_name
@@ -30,7 +30,7 @@ from teasr.lpips import Lpips
 from teasr.metrics import Scores, score
 from teasr.no_reference import PYIQA, Measure, measure
 from teasr.restoration import RestorationSettings, restore
-from teasr.shards import Manifest, join_url, read_manifest, read_shard
+from teasr.shards import Manifest, absolute_url, join_url, read_manifest, read_shard
 
 Bytes = NDArray[np.uint8]
 
@@ -92,7 +92,7 @@ def benchmark(
         tuple(name for name in ("niqe", *PYIQA) if name in metrics),
     )
     # What is wrong with a model is told here, not by a task.
-    load_backbone(model)
+    load_model(model)
     measures.load()
     ensure_ray()
     count = manifest.samples if pictures is None else min(pictures, manifest.samples)
@@ -100,7 +100,7 @@ def benchmark(
     with quiet_ray_data():
         rows = ray.data.from_items(
             [
-                {"shard": join_url(pairs, shard.name), "first": first}
+                {"shard": join_url(absolute_url(pairs), shard.name), "first": first}
                 for shard, first in zip(manifest.shards, _firsts(manifest))
             ],
             override_num_blocks=len(manifest.shards),
@@ -110,7 +110,8 @@ def benchmark(
             .repartition(target_num_rows_per_block=1)
             .map(
                 _Scorer(
-                    model,
+                    model.absolute(),
+                    named_base(),
                     tuple(steps),
                     settings or RestorationSettings(),
                     measures,
@@ -174,6 +175,7 @@ class _Scorer:
     """Scores one pair by every system; travels to Ray's tasks."""
 
     model: Path
+    base: Path | None
     steps: tuple[int, ...]
     settings: RestorationSettings
     measures: _Measures
@@ -195,21 +197,21 @@ class _Scorer:
         return {**row, **pictures, "figures": document}
 
     def _systems(self, lr: Bytes) -> Iterator[tuple[str, Bytes, float]]:
-        network = _network_of_this_process(self.model)
+        model = _model_of_this_process(self.model, self.base)
         begin = time.perf_counter()
-        yield BICUBIC, bicubic_upsample(lr, network.scale), time.perf_counter() - begin
+        yield BICUBIC, bicubic_upsample(lr, model.network.scale), time.perf_counter() - begin
         for steps in self.steps:
             settings = self.settings.model_copy(update={"steps": steps})
             begin = time.perf_counter()
-            restored = restore(network, lr, settings)
+            restored = restore(model.network, lr, settings, codec=model.codec)
             yield system_name(steps), restored, time.perf_counter() - begin
 
 
 @lru_cache(maxsize=1)
-def _network_of_this_process(model: Path) -> DualBranchDiT:
-    """The network, loaded once per Ray worker and kept for its next tasks; one thread each."""
+def _model_of_this_process(model: Path, base: Path | None) -> Model:
+    """The model, loaded once per Ray worker and kept for its next tasks; one thread each."""
     torch.set_num_threads(1)
-    return load_backbone(model)
+    return load_model(model, base=base)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ import ray.exceptions
 import torch
 
 from pipelines.runtime import MAX_LOST_WORKERS, ensure_ray, quiet_actor_start, quiet_ray_data
-from teasr.backbones import load_backbone
+from teasr.backbones import load_model, named_base
 from teasr.errors import TeasrError, UsageError
 from teasr.images import PICTURE_SUFFIXES, BadPicture, decode
 from teasr.restoration import RestorationSettings, restore_picture
@@ -108,7 +108,7 @@ def restore_many(
         TeasrError: when Ray's workers are lost for good.
     """
     started = time.monotonic()
-    load_backbone(model)  # a wrong model is told here, not by an actor
+    load_model(model)  # a wrong model is told here, not by an actor
     place = _Place(destination.absolute(), ".jpg" if format == "jpeg" else f".{format}")
     from_shards = (Path(source) / MANIFEST_NAME).is_file() or "://" in source
     outcomes: list[_Outcome] = []
@@ -128,7 +128,12 @@ def restore_many(
         total = len(tasks)
     place.sweep()
     if tasks:
-        restorer = {"model": model, "settings": settings, "place": place}
+        restorer = {
+            "model": model.absolute(),
+            "settings": settings,
+            "place": place,
+            "base": named_base(),
+        }
         for count, outcome in enumerate(_restore_all(tasks, from_shards, restorer, total), 1):
             outcomes.append(outcome)
             if progress:
@@ -279,9 +284,15 @@ def _about(outcome: _Outcome) -> dict[str, Any]:
 class _Restorer:
     """Restores one picture after another with one model; lives in an actor."""
 
-    def __init__(self, model: Path, settings: RestorationSettings, place: _Place) -> None:
+    def __init__(
+        self,
+        model: Path,
+        settings: RestorationSettings,
+        place: _Place,
+        base: Path | None = None,
+    ) -> None:
         torch.set_num_threads(1)  # an actor has one of Ray's CPUs
-        self.network = load_backbone(model)
+        self.model = load_model(model, base=base)
         self.settings = settings
         self.format = {".jpg": "jpeg"}.get(place.suffix, place.suffix[1:])
 
@@ -315,7 +326,9 @@ class _Restorer:
     def _try(self, picture: _Picture, data: bytes) -> _Outcome:
         try:
             decoded = decode(data or Path(picture.path).read_bytes())
-            restored = restore_picture(self.network, decoded, self.settings, self.format)
+            restored = restore_picture(
+                self.model.network, decoded, self.settings, self.format, codec=self.model.codec
+            )
         except BadPicture as error:
             return _failed(picture, error.reason, str(error))
         except TeasrError as error:
@@ -327,7 +340,7 @@ class _Restorer:
         except TeasrError as error:
             return _failed(picture, "not-written", str(error))
         height, width = decoded.rgb.shape[:2]
-        pixels = height * width * self.network.scale**2
+        pixels = height * width * self.model.network.scale**2
         return _Outcome(picture.name, picture.target, "done", pixels=pixels)
 
 

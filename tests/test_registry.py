@@ -13,15 +13,16 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from test_tracking import closed_port, mlflow_server
+from test_tracking import mlflow_server
 
 from teasr import registry, tracking
 from teasr.backbones.dit import PRESETS, DualBranchDiT
-from teasr.backbones.folder import load_backbone, save_backbone
+from teasr.backbones.folder import load_model, save_model
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import Evaluation
 from teasr.gate import GateSettings, Verdict
 from teasr.metrics import Scores
+from tests.ports import free_port
 
 _names = (f"model-{i}" for i in itertools.count())
 
@@ -40,7 +41,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     settings = PRESETS["teasr-xs"]
-    save_backbone(settings, DualBranchDiT(settings).state_dict(), folder)
+    network = DualBranchDiT(settings)
+    save_model(network, network.state_dict(), folder)
     (folder / "notes.txt").write_text("what else lies in a checkpoint's folder")
     return folder
 
@@ -374,7 +376,7 @@ class Trap:
 def test_a_pickle_is_never_loaded(client: MlflowClient, weights: Path, tmp_path: Path) -> None:
     good = tmp_path / "good"
     registry.save_model(weights, good)
-    assert load_backbone(registry.resolve(str(good))).settings == PRESETS["teasr-xs"]
+    assert load_model(registry.resolve(str(good))).network.settings == PRESETS["teasr-xs"]
     sprung = tmp_path / "sprung"
     payload = pickle.dumps(Trap(sprung))
 
@@ -404,7 +406,7 @@ def test_a_pickle_is_never_loaded(client: MlflowClient, weights: Path, tmp_path:
     disguised = tampered("disguised")
     (disguised / "artifacts" / "model.safetensors").write_bytes(payload)
     with pytest.raises(TeasrError, match="damaged"):
-        load_backbone(registry.resolve(str(disguised)))
+        load_model(registry.resolve(str(disguised)))
     assert not sprung.exists()
 
 
@@ -412,7 +414,7 @@ def test_a_pickle_is_never_loaded(client: MlflowClient, weights: Path, tmp_path:
 def test_a_server_s_models_are_downloaded_once(
     client: MlflowClient, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = closed_port()
+    port = free_port()
     monkeypatch.setenv("TEASR_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     with mlflow_server(port, tmp_path / "server"):
@@ -426,7 +428,7 @@ def test_a_server_s_models_are_downloaded_once(
         assert registry.version_details(remote, "teasr", 1).metrics["1 step"]["psnr_y"] == 25.5
         folder = registry.resolve("models:/teasr@champion")
         assert folder.is_relative_to(tmp_path / "home" / "downloads")
-        assert load_backbone(folder).settings == PRESETS["teasr-xs"]
+        assert load_model(folder).network.settings == PRESETS["teasr-xs"]
         modified = folder.stat().st_mtime_ns
         assert registry.resolve("models:/teasr/1").stat().st_mtime_ns == modified
     import mlflow  # other tests go on with the module's own store

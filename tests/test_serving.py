@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from teasr import registry, tracking
 from teasr.backbones.dit import PRESETS, DualBranchDiT
-from teasr.backbones.folder import load_backbone, save_backbone
+from teasr.backbones.folder import load_model, save_model
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import Evaluation
 from teasr.images import decode, encode
@@ -38,7 +38,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = DualBranchDiT(settings)
     for parameter in network.parameters():  # a new network adds nothing to the bicubic picture
         torch.nn.init.normal_(parameter, std=0.05)
-    save_backbone(settings, network.state_dict(), folder)
+    save_model(network, network.state_dict(), folder)
     return folder
 
 
@@ -48,7 +48,7 @@ def picture(photo: Callable[..., NDArray[np.uint8]]) -> bytes:
 
 def restored(weights: Path, data: bytes, steps: int = 1, seed: int = 0) -> bytes:
     settings = RestorationSettings(steps=steps, seed=seed)
-    return restore_picture(load_backbone(weights), decode(data), settings)
+    return restore_picture(load_model(weights).network, decode(data), settings)
 
 
 def post(url: str, body: Any) -> tuple[int, dict[str, Any]]:
@@ -178,4 +178,4 @@ def test_a_server_that_dies_shows_its_last_words(weights: Path, tmp_path: Path) 
         ScoringServer(str(broken)),
     ):
         pass
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 150  # it does not wait for an answer: that takes 180 s

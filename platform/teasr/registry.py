@@ -1,8 +1,10 @@
 """Versions of models, what is live, and the record of how it became so. Over MLflow's registry.
 
-A version's weights are safetensors and JSON inside a pyfunc model that is text (no pickle). Aliases
-say what a version is: `challenger`, `champion`, `previous`. The registry forgets what was live, so
-every promotion, refusal and rollback is a run of its own in the experiment `teasr-promotions`.
+A version's weights are safetensors and JSON inside a pyfunc model that is text (no pickle). Of a
+pretrained backbone they are what was trained, with a reference to the frozen base, never the base
+itself. Aliases say what a version is: `challenger`, `champion`, `previous`. The registry forgets
+what was live, so every promotion, refusal and rollback is a run of its own in the experiment
+`teasr-promotions`.
 
 MLflow takes seconds to import and is imported on use only.
 """
@@ -27,7 +29,7 @@ from urllib.request import url2pathname
 
 import yaml
 
-from teasr.backbones.folder import DESCRIPTION_FILE, WEIGHTS_FILE, built_in_models
+from teasr.backbones.folder import DESCRIPTION_FILE, base_of, built_in_models, model_files
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import Evaluation, summary_rows
 from teasr.gate import GateSettings, Verdict, decide
@@ -56,6 +58,7 @@ _REQUIRED = (
     "pillow",
     "opencv-python-headless",
 )
+_REQUIRED_BY_PRETRAINED = ("diffusers",)
 
 Action = Literal["promote", "rollback"]
 State = Literal["done", "refused", "interrupted", "unfinished"]
@@ -169,7 +172,7 @@ def log_model(client: MlflowClient, run_id: str, folder: Path, name: str = "mode
     """Log the weights in `folder` as a model of the run, with all code that serving needs.
 
     Args:
-        folder: with `model.safetensors` and `model.json`.
+        folder: a model's, see `teasr.backbones.folder`; what else lies there is left out.
         name: of the logged model, shown in MLflow's pages.
 
     Returns:
@@ -181,14 +184,17 @@ def log_model(client: MlflowClient, run_id: str, folder: Path, name: str = "mode
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
-    _check_weights(folder)
+    tags = {"teasr.sha256": weights_sha256(folder)}
+    if base := base_of(folder):
+        tags["teasr.base"] = f"{base.source} {base.revision or ''}".strip()
+        tags["teasr.base_fingerprint"] = base.fingerprint
     # Not `mlflow.pyfunc.log_model`, which puts models into the process's active experiment, by
     # default a folder `mlruns` in the current one, whatever experiment the run belongs to.
     logged = client.create_logged_model(
         client.get_run(run_id).info.experiment_id,
         name,
         source_run_id=run_id,
-        tags={"teasr.sha256": weights_sha256(folder)},
+        tags=tags,
     )
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -215,7 +221,7 @@ def save_model(folder: Path, destination: Path, mlflow_model: Model | None = Non
     keep_mlflow_quiet()
     import mlflow
 
-    _check_weights(folder)
+    files = model_files(folder)
     package = Path(__file__).parent
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         # An input example would have MLflow run the model, to guess the signature that we state.
@@ -223,21 +229,29 @@ def save_model(folder: Path, destination: Path, mlflow_model: Model | None = Non
         # Without the built-in models: each version would carry them all.
         code = Path(temporary) / package.name
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__", "weights"))
+        # MLflow names an artifact by its last part alone: one of a model's folders goes whole.
+        model = Path(temporary) / "model"
+        for name in files:
+            (model / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, model / name)
         mlflow.pyfunc.save_model(
             path=str(destination),
             python_model=str(package / "serving_model.py"),
-            artifacts={name: str(folder / name) for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
+            artifacts={path.name: str(path) for path in model.iterdir()},
             code_paths=[str(code)],
             signature=signature(),
-            pip_requirements=_requirements(),
+            pip_requirements=_requirements(folder),
             mlflow_model=mlflow_model,
         )
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the weights and of their description, which decides how they are read."""
+    """SHA-256 of the weights and of their description, which decides how they are read.
+
+    Errors as of `teasr.backbones.folder.model_files`.
+    """
     total = hashlib.sha256()
-    for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
+    for name in model_files(folder):
         with (folder / name).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
@@ -291,7 +305,9 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    given = {"commit": git_commit(), "sha256": logged.tags.get("teasr.sha256"), **tags}
+    noted = ("sha256", "base", "base_fingerprint")
+    given = {key: logged.tags.get(f"teasr.{key}") for key in noted}
+    given |= {"commit": git_commit(), **tags}
     given["benchmark"] = evaluation.benchmark
     all_tags = {f"teasr.{key}": value for key, value in given.items() if value is not None}
     # MLflow's databases keep no model id with a version: the source tells.
@@ -316,7 +332,7 @@ def register(
 
 
 def resolve(model: str, client: MlflowClient | None = None) -> Path:
-    """The folder of `model`'s weights (`model.safetensors`, `model.json`) on this machine.
+    """The folder of `model`'s weights (see `teasr.backbones.folder`) on this machine.
 
     Args:
         model: a folder of weights or of an MLflow model; a built-in model by name (which wins over
@@ -738,15 +754,10 @@ def _required_evaluation(client: MlflowClient, version: ModelVersion) -> Evaluat
 # ---------------------------------------------------------------- folders
 
 
-def _requirements() -> list[str]:
+def _requirements(folder: Path) -> list[str]:
     """The installed versions of what serving imports, without local builds (`+cpu`)."""
-    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIRED]
-
-
-def _check_weights(folder: Path) -> None:
-    missing = [name for name in (WEIGHTS_FILE, DESCRIPTION_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise UsageError(f"{folder} holds no model.", f"{' and '.join(missing)} are missing.")
+    names = _REQUIRED if base_of(folder) is None else (*_REQUIRED, *_REQUIRED_BY_PRETRAINED)
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
 
 
 def model_weights(folder: Path) -> Path:
@@ -757,30 +768,32 @@ def model_weights(folder: Path) -> Path:
         TeasrError: for an MLflow model of another kind: only safetensors and JSON are read.
     """
     if not (folder / "MLmodel").is_file():
-        _check_weights(folder)
+        model_files(folder)
         return folder
     try:
         flavors = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]
         pyfunc = flavors["python_function"]
         loader = pyfunc["loader_module"]
-        weights = (folder / pyfunc["artifacts"][WEIGHTS_FILE]["path"]).resolve().parent
+        weights = (folder / pyfunc["artifacts"][DESCRIPTION_FILE]["path"]).resolve().parent
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         raise _not_ours(folder) from None
     if set(flavors) != {"python_function"} or loader != _LOADER or "python_model" in pyfunc:
         raise _not_ours(folder)
     if not weights.is_relative_to(folder.resolve()) or not weights.is_dir():
         raise _not_ours(folder)
+    ours = set(model_files(weights))
+    found = [path for path in weights.rglob("*") if not path.is_dir()]
     strangers = sorted(
-        path.name
-        for path in (*weights.iterdir(), *folder.glob("*.pkl"))
-        if path.name not in (WEIGHTS_FILE, DESCRIPTION_FILE)
+        [
+            *(name for path in found if (name := path.relative_to(weights).as_posix()) not in ours),
+            *(path.name for path in folder.glob("*.pkl")),
+        ]
     )
     if strangers:
         raise TeasrError(
             f"{folder} holds files that teasr does not put into a model: {', '.join(strangers)}.",
             "Weights are read from safetensors and JSON only.",
         )
-    _check_weights(weights)
     return weights
 
 

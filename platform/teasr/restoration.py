@@ -4,7 +4,8 @@ A picture that is larger than a tile is cut into tiles that share a margin, acro
 into the next. Tiles start where the network's own windows do, so that two neighbours divide their
 margin alike, and differ there only by what each sees beyond it: no seam shows. Memory beyond the
 result is that of one tile and of a strip as wide as the picture and as high as the margin. Noise
-is a function of seed and place in the picture, not of the tiling.
+is a function of seed and place in the picture, not of the tiling. Where the network works on
+latents, a tile is encoded, sampled and decoded by itself, and what is blended are pixels.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from teasr.backbones.base import Backbone
+from teasr.backbones.codec import Codec, Pixels
 from teasr.errors import UsageError
 from teasr.images import Picture, bicubic_upsample, check_format, encode
 from teasr.sampler import SamplerSettings, noise_draws, sample
@@ -40,17 +42,19 @@ _STRIP_PIXELS = 1 << 18  # of the result, for which colour is matched at once
 class RestorationSettings(SamplerSettings):
     """How a picture is restored; the sampler's settings, and:"""
 
-    warp: tuple[float, float] | None = (0.05, 1.0)
-    """Levels stay near 1, where a small network's one-step pictures are best: each step restores
-    anew, knowing the last result. None spreads them evenly, which suits a network that was trained
-    long enough to draw detail from low noise levels."""
+    warp: tuple[float, float] | None = None
+    """As of the sampler, but None: the model's own choice (`Backbone.warp`). (0.05, 1) stays near
+    level 1, as suits a small network; (1, 1) spreads the levels evenly, which suits one that was
+    trained long enough to draw detail from low noise levels."""
     seed: int = Field(0, ge=0)
     """Seed of the noise; equal seeds give equal pictures."""
-    tile: int = Field(384, ge=8, le=1024)
-    """Longest side of a tile in low-resolution pixels. `teasr-s` takes 2.3 kB a pixel: 0.35 GB."""
-    overlap: int = Field(8, ge=0)
+    tile: int | None = Field(None, ge=8, le=1024)
+    """Longest side of a tile in low-resolution pixels; None: the model's own, 384 for native ones
+    (`teasr-s` takes 2.3 kB a pixel: 0.35 GB), 128 for pretrained ones."""
+    overlap: int | None = Field(None, ge=0)
     """Low-resolution pixels that neighbouring tiles share; in tiles of two windows or more it is
-    rounded up to whole windows."""
+    rounded up to whole windows. At most half of `tile`; None: the model's own, 8 for native ones,
+    32 for pretrained ones."""
     colour: Literal["none", "wavelet", "adain"] = "none"
     """What the result takes from the input: `wavelet` its lowest frequencies, `adain` each
     channel's mean and standard deviation (both as StableSR, arXiv 2305.07015). A network that
@@ -58,7 +62,7 @@ class RestorationSettings(SamplerSettings):
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> RestorationSettings:
-        if 2 * self.overlap > self.tile:
+        if self.tile and self.overlap and 2 * self.overlap > self.tile:
             raise ValueError("overlap must be at most half of tile")
         return self
 
@@ -68,9 +72,16 @@ def restore(
     picture: Bytes,
     settings: RestorationSettings,
     progress: Progress | None = None,
+    codec: Codec | None = None,
 ) -> Bytes:
-    """Restore an (h, w, 3) uint8 RGB picture to (scale h, scale w, 3); `network` in evaluation
-    mode."""
+    """Restore an (h, w, 3) uint8 RGB picture to (scale h, scale w, 3).
+
+    Args:
+        network: in evaluation mode.
+        codec: of what the network works on; None: pixels.
+    """
+    codec = codec or Pixels(network.scale)
+    settings = settings.model_copy(update={"warp": settings.warp or network.warp})
     height, width = picture.shape[:2]
     scale = network.scale
     rows, columns = (tile_spans(side, network, settings) for side in (height, width))
@@ -80,7 +91,7 @@ def restore(
     for i, row in enumerate(rows):
         beside = torch.zeros(3, 0, 0)
         for j, column in enumerate(columns):
-            tile = _restore_tile(network, picture, row, column, settings)
+            tile = _restore_tile(network, codec, picture, row, column, settings)
             tile *= down[i][:, None] * across[j]
             # What the tiles to the left and above gave to the pixels that they share with this one.
             if j:
@@ -107,20 +118,28 @@ def restore(
 
 
 def _restore_tile(
-    network: Backbone, picture: Bytes, row: range, column: range, settings: RestorationSettings
+    network: Backbone,
+    codec: Codec,
+    picture: Bytes,
+    row: range,
+    column: range,
+    settings: RestorationSettings,
 ) -> Tensor:
     """(3, scale h, scale w) float32 of the pixels in `row` and `column`."""
     device, scale = next(network.parameters()).device, network.scale
     pixels = picture[row.start : row.stop, column.start : column.stop]
     padded = pad_to_multiple(pixels, network.multiple)
-    condition = torch.from_numpy(padded).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+    lr = torch.from_numpy(padded).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
     rows, columns = (
         range(span.start, span.start + side) for span, side in zip((row, column), padded.shape)
     )
-    noise = noise_field(settings.seed, noise_draws(settings), rows, columns, scale)[:, None]
+    noise = noise_field(
+        settings.seed, noise_draws(settings), rows, columns, scale, codec.channels, codec.factor
+    )[:, None]
     with torch.no_grad():
-        prepared = network.prepare(condition.to(device))
-    restored = sample(network, prepared, noise.to(device), settings)[0].float().cpu()
+        prepared = network.prepare(codec.condition(lr.to(device)))
+        sampled = sample(network, prepared, noise.to(device), settings)
+        restored = codec.decode(sampled)[0].float().cpu()
     return restored[:, : len(row) * scale, : len(column) * scale]
 
 
@@ -130,6 +149,7 @@ def restore_picture(
     settings: RestorationSettings,
     format: str = "png",
     progress: Progress | None = None,
+    codec: Codec | None = None,
 ) -> bytes:
     """Restore a decoded picture and encode it: grey stays grey, alpha is magnified bicubically.
 
@@ -147,7 +167,7 @@ def restore_picture(
             f"machine has {memory / 1e9:.1f}.",
             "Cut the picture into parts.",
         )
-    restored = restore(network, picture.rgb, settings, progress)
+    restored = restore(network, picture.rgb, settings, progress, codec)
     if alpha is not None:
         alpha = bicubic_upsample(alpha, network.scale)
     return encode(restored, format=format, alpha=alpha, grey=picture.grey)
@@ -167,10 +187,11 @@ def pad_to_multiple(picture: Bytes, multiple: int) -> Bytes:
 def tile_spans(length: int, network: Backbone, settings: RestorationSettings) -> list[range]:
     """Low-resolution pixels of the tiles along a side of `length`, each but the last as long as
     `settings.tile` allows; a tile meets no tile but its neighbours."""
-    aligned = settings.tile >= 2 * network.period
-    unit = network.period if aligned else network.multiple
-    tile = max(settings.tile // unit, 1)
-    overlap = min(-(-settings.overlap // unit), tile // 2)
+    longest = settings.tile or network.tile
+    margin = network.overlap if settings.overlap is None else settings.overlap
+    unit = network.period if longest >= 2 * network.period else network.multiple
+    tile = max(longest // unit, 1)
+    overlap = min(-(-margin // unit), tile // 2)
     if length <= tile * unit:
         return [range(length)]
     starts = range(0, -(-length // unit) - overlap, tile - overlap)
@@ -192,25 +213,44 @@ def _shared(spans: list[range]) -> int:
     return spans[0].stop - spans[1].start if len(spans) > 1 else 0
 
 
-def noise_field(seed: int, draws: int, rows: range, columns: range, scale: int) -> Tensor:
-    """(draws, 3, scale len(rows), scale len(columns)) of independent standard normal numbers.
+def noise_field(
+    seed: int,
+    draws: int,
+    rows: range,
+    columns: range,
+    scale: int,
+    channels: int = 3,
+    factor: int = 1,
+) -> Tensor:
+    """(draws, channels, scale len(rows) / factor, scale len(columns) / factor) of independent
+    standard normal numbers.
 
     Those of a low-resolution pixel depend on `seed` and its place alone.
+
+    Args:
+        rows, columns: low-resolution pixels, from and to the edges of latents.
+        scale: magnification. factor: restored pixels along a side of a latent.
     """
     high, wide = (
         range(span.start // NOISE_BLOCK, -(-span.stop // NOISE_BLOCK)) for span in (rows, columns)
     )
-    side = NOISE_BLOCK * scale
-    field = torch.empty(draws, 3, len(high) * side, len(wide) * side)
+    side = NOISE_BLOCK * scale // factor
+    field = torch.empty(draws, channels, len(high) * side, len(wide) * side)
     generator = torch.Generator()
     for i, row in enumerate(high):
         for j, column in enumerate(wide):
             words = np.random.SeedSequence((seed, row, column)).generate_state(1, np.uint64)
             generator.manual_seed(int(words[0]) >> 1)
-            block = torch.randn(draws, 3, side, side, generator=generator)
+            block = torch.randn(draws, channels, side, side, generator=generator)
             field[..., i * side : (i + 1) * side, j * side : (j + 1) * side] = block
-    top, left = (span.start % NOISE_BLOCK * scale for span in (rows, columns))
-    return field[..., top : top + len(rows) * scale, left : left + len(columns) * scale]
+    top, left, height, width = (
+        pixels * scale // factor
+        for pixels in (
+            *(span.start % NOISE_BLOCK for span in (rows, columns)),
+            *(len(span) for span in (rows, columns)),
+        )
+    )
+    return field[..., top : top + height, left : left + width]
 
 
 def match_low_frequencies(restored: Bytes, picture: Bytes) -> None:

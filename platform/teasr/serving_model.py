@@ -36,11 +36,11 @@ class RestorationModel(PythonModel):
     """Restores pictures; what goes in and out is in `teasr.registry.signature`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the network from the weights and their description, which lie side by side."""
-        from teasr.backbones.folder import WEIGHTS_FILE, load_backbone
+        """Load the model from its description, beside which its weights lie."""
+        from teasr.backbones.folder import DESCRIPTION_FILE, load_model
 
-        weights = Path(context.artifacts[WEIGHTS_FILE]).parent
-        self.network = load_backbone(weights)
+        weights = Path(context.artifacts[DESCRIPTION_FILE]).parent
+        self.model = load_model(weights)
         self.version = os.environ.get(VERSION_VARIABLE) or _registered_version(weights)
         # The scoring server calls from many threads. One picture at a time keeps memory bounded,
         # and the network uses every core anyway.
@@ -79,7 +79,9 @@ class RestorationModel(PythonModel):
 
         picture = decode(_bytes_of(text), max_pixels=MAX_PIXELS)
         with self.turn:
-            png = restore_picture(self.network, picture, settings, format="png")
+            png = restore_picture(
+                self.model.network, picture, settings, format="png", codec=self.model.codec
+            )
         width, height, _ = header(png)
         return {
             "image": base64.b64encode(png).decode("ascii"),

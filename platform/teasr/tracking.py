@@ -28,9 +28,11 @@ from teasr.shards import library_versions
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
+    from PIL.Image import Image
 
 _ANSWER_SECONDS = 3
 _BATCH = 1000  # MLflow's limit of metrics in one `log_batch`
+_PICTURES = 20  # that wait at most: they are looked at, and no figure is lost with them
 _DATABASE = "mlflow.db"
 _URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _log = logging.getLogger(__name__)
@@ -187,7 +189,8 @@ def versions() -> dict[str, str]:
 
 
 class RunLogger:
-    """Writes metrics to a run from its own thread: training neither waits for MLflow nor fails.
+    """Writes metrics and pictures to a run from its own thread: training neither waits for MLflow
+    nor fails.
 
     While the store is away, metrics are kept and tried again; beyond `capacity` the oldest are
     dropped and counted. Used by rank 0 only. Close it, or use it as a context manager.
@@ -206,6 +209,7 @@ class RunLogger:
         self._interval = interval
         self._waiting: deque[Metric] = deque()
         self._sending: list[Metric] = []
+        self._pictures: deque[tuple[str, Image]] = deque(maxlen=_PICTURES)
         self._lost = 0
         self._trouble = "the store was too slow"
         self._lock = threading.Lock()
@@ -233,6 +237,16 @@ class RunLogger:
             while len(self._waiting) > self._capacity:
                 self._waiting.popleft()
                 self._lost += 1
+
+    def log_image(self, path: str, picture: Image) -> None:
+        """Note a picture for the run's artifacts; as `log`, but of pictures that wait only the
+        newest are kept.
+
+        Args:
+            path: among the artifacts; its suffix says the format.
+        """
+        with self._lock:
+            self._pictures.append((path, picture))
 
     def close(self, timeout: float = 60) -> str:
         """Write what waits, trying for at most `timeout` seconds.
@@ -272,7 +286,7 @@ class RunLogger:
                 while self._waiting and len(self._sending) < _BATCH:
                     self._sending.append(self._waiting.popleft())
             if not self._sending:
-                return True
+                return self._write_pictures()
             if not self._write(self._sending):
                 return False
             self._sending = []
@@ -294,6 +308,21 @@ class RunLogger:
             # Refused for good (a deleted run, a wrong name): kept, it would block all that follows.
             with self._lock:
                 self._lost += len(batch)
+        return True
+
+    def _write_pictures(self) -> bool:
+        """Write the pictures that wait; False when the store is away."""
+        while self._pictures:
+            if not answers(self._client.tracking_uri):
+                return False
+            path, picture = self._pictures[0]
+            try:
+                self._client.log_image(self._run_id, picture, path)
+            except Exception as error:  # of whatever store: it may refuse pictures alone
+                _log.warning("%s was not written: %s", path, mask_credentials(_first_line(error)))
+            with self._lock:
+                if self._pictures and self._pictures[0][0] == path:
+                    self._pictures.popleft()
         return True
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -13,14 +15,18 @@ from diffusers import (
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
 from teasr.backbones.branch_lora import BRANCHES, Branch, branch_linears
+from teasr.backbones.folder import Model, save_model
 from teasr.backbones.latent import LatentBackbone
+from teasr.backbones.pretrained import PROMPT_FILE, load_pretrained
 from teasr.backbones.qwen_image import QwenImageBackbone
 from teasr.backbones.z_image import ZImageBackbone
 
 KIND_NAMES = ("qwen-image", "z-image")
+both_kinds = pytest.mark.parametrize("kind", KIND_NAMES)
 WIDTH, RANK = 24, 4
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen-image": {
@@ -75,12 +81,17 @@ def backbone(kind: str, *, live: bool = False, **options: Any) -> LatentBackbone
     torch.manual_seed(3)
     made = kinds[kind](network, prompt(), **{"rank": RANK, **options})
     if live:
-        for i, branch in enumerate(BRANCHES):
-            perturb(made, branch, seed=i)
-        generator = torch.Generator().manual_seed(4)
-        for parameter in made.target_embedder.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        enliven(made)
     return made
+
+
+def enliven(made: LatentBackbone) -> None:
+    """Move what is trained off its initial values."""
+    for i, branch in enumerate(BRANCHES):
+        perturb(made, branch, seed=i)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in made.target_embedder.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def perturb(made: LatentBackbone, branch: Branch, seed: int = 0, only: str = "") -> None:
@@ -123,3 +134,21 @@ def autoencoder(kind: str) -> Any:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def base_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """`folder` as diffusers lays one out, of the networks of this module."""
+    plain(kind).to(dtype).save_pretrained(folder / "transformer")
+    autoencoder(kind).save_pretrained(folder / "vae")
+    save_file({"embedding": prompt()}, folder / PROMPT_FILE)
+    return folder
+
+
+def model_folder(kind: str, root: Path) -> Model:
+    """`root / "model"`, as training leaves it, of a base in `root / "base"`; what was saved."""
+    base = base_folder(kind, root / "base")
+    made = load_pretrained(kind, base, rank=RANK, alpha=6.0, dtype=torch.float32)  # type: ignore[arg-type]
+    enliven(made.backbone)
+    weights = {name: tensor.detach() for name, tensor in made.backbone.trainable().items()}
+    save_model(made.backbone, weights, root / "model", training={"steps": 3}, dtype=torch.float32)
+    return Model(made.backbone.eval(), made.codec)

@@ -30,6 +30,22 @@ def inputs(rows: int = 8, columns: int = 8, count: int = 2) -> tuple[Tensor, ...
     return x_t, t, r, condition
 
 
+CHANGES = ("x_t", "t", "r", "sign of r", "condition")
+
+
+def with_other(
+    changed: str, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor
+) -> tuple[Tensor, ...]:
+    """The inputs with one of `CHANGES` made to them."""
+    return {
+        "x_t": (x_t.flip(-1), t, r, condition),
+        "t": (x_t, t - 0.1, r, condition),
+        "r": (x_t, t, r - 0.1, condition),
+        "sign of r": (x_t, t, -r, condition),
+        "condition": (x_t, t, r, condition.flip(-1)),
+    }[changed]
+
+
 @torch.no_grad()
 def residual(made: DualBranchDiT, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor) -> Tensor:
     """What the network adds to the bicubic picture: free of the t in the conversion."""

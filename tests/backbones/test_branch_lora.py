@@ -36,16 +36,15 @@ from teasr.errors import TeasrError, UsageError
 from teasr.objective import Objective, ObjectiveSettings
 from tests.backbones.latents import (
     FIRST_BLOCK,
-    KIND_NAMES,
     RANK,
     backbone,
+    both_kinds,
     inputs,
     perturb,
     plain,
     prompt,
 )
-
-both_kinds = pytest.mark.parametrize("kind", KIND_NAMES)
+from tests.backbones.networks import CHANGES, with_other
 
 
 def close(first: Tensor, second: Tensor, tolerance: float = 1e-5) -> None:
@@ -190,16 +189,10 @@ def test_the_second_embedder_starts_as_a_copy_of_its_own(kind: str) -> None:
 
 @both_kinds
 @pytest.mark.parametrize("live", [False, True])
-@pytest.mark.parametrize("changed", ["x_t", "t", "r", "sign of r", "condition"])
+@pytest.mark.parametrize("changed", CHANGES)
 def test_output_depends_on_each_input_alone(kind: str, live: bool, changed: str) -> None:
     made, (x_t, t, r, condition) = backbone(kind, live=live), inputs()
-    other = {
-        "x_t": (x_t.flip(-1), t, r, condition),
-        "t": (x_t, t - 0.1, r, condition),
-        "r": (x_t, t, r - 0.1, condition),
-        "sign of r": (x_t, t, -r, condition),
-        "condition": (x_t, t, r, condition.flip(-1)),
-    }[changed]
+    other = with_other(changed, x_t, t, r, condition)
     with torch.no_grad():
         base = made(x_t, t, r, condition)
         assert base.dtype == torch.float32 and base.shape == x_t.shape

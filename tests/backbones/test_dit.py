@@ -24,7 +24,7 @@ from teasr.backbones.dit import (
 )
 from teasr.images import bicubic_upsample
 from teasr.restoration import RestorationSettings, restore
-from tests.backbones.networks import inputs, network, residual
+from tests.backbones.networks import CHANGES, inputs, network, residual, with_other
 
 PATCH, WINDOW = PRESETS["teasr-xs"].patch, PRESETS["teasr-xs"].window
 PERIOD = PATCH * WINDOW
@@ -102,18 +102,12 @@ def test_samples_of_a_batch_do_not_meet() -> None:
         torch.testing.assert_close(both[part], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changed", ["x_t", "t", "r", "sign of r", "condition"])
+@pytest.mark.parametrize("changed", CHANGES)
 def test_output_depends_on_each_input_alone(changed: str) -> None:
     made, (x_t, t, r, condition) = network(0), inputs()
     base = residual(made, x_t, t, r, condition)
     assert float(base.std()) > 0.01
-    other = {
-        "x_t": (x_t.flip(-1), t, r, condition),
-        "t": (x_t, t - 0.1, r, condition),
-        "r": (x_t, t, r - 0.1, condition),
-        "sign of r": (x_t, t, -r, condition),
-        "condition": (x_t, t, r, condition.flip(-1)),
-    }[changed]
+    other = with_other(changed, x_t, t, r, condition)
     moved = residual(made, *other)
     assert float((moved - base).std()) > 1e-3 * float(base.std())
 

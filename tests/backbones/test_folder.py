@@ -13,9 +13,9 @@ from teasr.backbones.folder import (
     WEIGHTS_FILE,
     built_in_models,
     compute_dtype,
-    load_backbone,
+    load_model,
     read_description,
-    save_backbone,
+    save_model,
 )
 from teasr.errors import TeasrError, UsageError
 
@@ -34,7 +34,7 @@ def network() -> DualBranchDiT:
 @pytest.fixture
 def folder(tmp_path: Path, network: DualBranchDiT) -> Path:
     path = tmp_path / "deep" / "model"
-    save_backbone(SETTINGS, network.state_dict(), path, training={"steps": 3}, dtype=torch.float32)
+    save_model(network, network.state_dict(), path, training={"steps": 3}, dtype=torch.float32)
     return path
 
 
@@ -44,7 +44,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 def test_round_trip_is_exact_in_float32(folder: Path, network: DualBranchDiT) -> None:
-    loaded = load_backbone(folder, torch.float32)
+    loaded = load_model(folder, torch.float32).network
     assert loaded.settings == SETTINGS and not loaded.training
     for (name, first), (other, second) in zip(
         network.state_dict().items(), loaded.state_dict().items(), strict=True
@@ -54,22 +54,22 @@ def test_round_trip_is_exact_in_float32(folder: Path, network: DualBranchDiT) ->
 
 
 def test_weights_travel_in_bfloat16_by_default(tmp_path: Path, network: DualBranchDiT) -> None:
-    save_backbone(SETTINGS, network.state_dict(), tmp_path)
+    save_model(network, network.state_dict(), tmp_path)
     saved = load_file(tmp_path / WEIGHTS_FILE)
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
-    loaded = load_backbone(tmp_path)
+    loaded = load_model(tmp_path).network
     assert loaded.dtype == compute_dtype()
-    again = load_backbone(tmp_path, torch.float32).state_dict()
+    again = load_model(tmp_path, torch.float32).network.state_dict()
     for name, tensor in network.state_dict().items():
         assert torch.equal(again[name], tensor.bfloat16().float())
 
 
 def test_a_folder_without_a_model_says_what_it_should_hold(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no model.*model.json.*model.safetensors"):
-        load_backbone(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere")
     (folder / WEIGHTS_FILE).unlink()
     with pytest.raises(UsageError, match="holds no model"):
-        load_backbone(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
@@ -77,21 +77,21 @@ def test_truncated_weights_are_called_damaged(folder: Path, keep: int) -> None:
     path = folder / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(TeasrError, match=r"model.safetensors is damaged"):
-        load_backbone(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b"\xff\xfe\x00"])
 def test_a_damaged_description_is_named(folder: Path, text: bytes) -> None:
     (folder / DESCRIPTION_FILE).write_bytes(text)
     with pytest.raises(TeasrError, match=r"model.json is damaged"):
-        load_backbone(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{}"])
 def test_a_description_without_a_format_is_refused(folder: Path, text: str) -> None:
     (folder / DESCRIPTION_FILE).write_text(text)
     with pytest.raises(TeasrError, match="format None; this version of teasr reads format 2"):
-        load_backbone(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("format", [1, 3, "2"])
@@ -100,29 +100,29 @@ def test_another_format_version_is_named(folder: Path, format: object) -> None:
     with pytest.raises(
         TeasrError, match=f"of format {format}; this version of teasr reads format 2"
     ):
-        load_backbone(folder)
+        load_model(folder)
 
 
 def test_settings_of_format_1_under_a_new_number_are_named(folder: Path) -> None:
     old = {"width": 48, "depth": 2, "heads": 3, "local_width": 16, "local_depth": 1}
     edit(folder, settings=old)
     with pytest.raises(UsageError, match=r"model\.json: unknown key 'local_depth'"):
-        load_backbone(folder)
+        load_model(folder)
 
 
 def test_another_backbone_is_named(folder: Path) -> None:
-    edit(folder, backbone="qwen-image")
-    with pytest.raises(TeasrError, match=r"'qwen-image'.*'dual-branch-dit'"):
-        load_backbone(folder)
+    edit(folder, backbone="unet")
+    with pytest.raises(TeasrError, match=r"'unet'.*'dual-branch-dit', 'qwen-image', 'z-image'"):
+        load_model(folder)
 
 
 def test_wrong_settings_are_named(folder: Path) -> None:
     edit(folder, settings=SETTINGS.model_dump() | {"dept": 3})
     with pytest.raises(UsageError, match=r"model.json: unknown key 'dept'. Did you mean 'depth'"):
-        load_backbone(folder)
+        load_model(folder)
     edit(folder, settings=SETTINGS.model_dump() | {"depth": 0})
     with pytest.raises(UsageError, match=r"'depth'.*greater than or equal to 1"):
-        load_backbone(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_wrong_settings_are_named(folder: Path) -> None:
 def test_weights_of_another_architecture_are_named(folder: Path, change: dict, named: str) -> None:
     edit(folder, settings=SETTINGS.model_dump() | change)
     with pytest.raises(TeasrError, match=r"does not fit its model\.json") as caught:
-        load_backbone(folder)
+        load_model(folder)
     assert named in str(caught.value)
 
 

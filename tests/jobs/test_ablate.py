@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jobs import cli
 from jobs.ablate import Budget, Outcome, ablate, markdown, plan, to_csv, variants
 from jobs.recipe import Recipe, load_recipe
 from teasr.errors import UsageError
@@ -214,23 +212,11 @@ def test_csv_holds_every_figure() -> None:
 
 
 def test_a_dry_run_lists_the_trainings_and_mistakes_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        given = ["teasr", "ablate", "--data", "hr", "--pairs", "pairs", "--out", "out", *arguments]
-        monkeypatch.setattr(sys, "argv", given)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        told = capsys.readouterr()
-        assert "Traceback" not in told.err
-        return code, told.out + told.err
-
-    code, told = run("--dry-run", "--only", "full,teacher", "--minutes", "3", "--seeds", "0,2")
+    given = ("ablate", "--data", "hr", "--pairs", "pairs", "--out", "out")
+    chosen = ("--dry-run", "--only", "full,teacher", "--minutes", "3", "--seeds", "0,2")
+    code, told, _ = run(*given, *chosen)
     assert code == 0 and not list(tmp_path.iterdir())
     for line in ("start: 1200 steps from", "full-seed0: 3 min from", "teacher-seed2: 3 min"):
         assert line in told
@@ -242,7 +228,7 @@ def test_a_dry_run_lists_the_trainings_and_mistakes_are_told(
         (("training.minutes=3",), "either minutes or steps"),
         ((), "hr is not a dataset"),
     ):
-        code, told = run(*wrong)
+        code, _, told = run(*given, *wrong)
         assert code == 2 and part in told and len(told.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

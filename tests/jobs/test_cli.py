@@ -8,15 +8,13 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import cli
-from teasr.backbones import PRESETS, DualBranchDiT, save_backbone
 from teasr.images import bicubic_upsample, decode, encode
 
 COMMANDS = [
@@ -28,33 +26,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
-    """`run(arguments...)` -> (exit code, stdout, stderr), in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TEASR_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["teasr", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    yield call
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    network = DualBranchDiT(PRESETS["teasr-xs"])
-    save_backbone(network.settings, network.state_dict(), folder)
-    return str(folder)
+def model(untrained: Path) -> str:
+    return str(untrained)
 
 
 def test_every_command_has_help(run: Run) -> None:

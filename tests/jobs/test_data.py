@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import cli
 from jobs.data_page import data_sheet
 from pipelines.ingest import ingest
 from pipelines.look import choose, documents
@@ -44,25 +42,6 @@ def hr(tmp_path_factory: pytest.TempPathFactory, photo: Photo) -> str:
 @pytest.fixture(scope="module")
 def pairs(hr: str) -> str:
     return synthesize(hr, f"{hr}-pairs", copies=4, crop=64).destination
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(arguments...)` -> (exit code, stdout, stderr), in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["teasr", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return call
 
 
 def test_show_says_what_a_dataset_is(run: Run, hr: str, pairs: str) -> None:

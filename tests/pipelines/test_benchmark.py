@@ -11,7 +11,6 @@ import pytest
 from pipelines.benchmark import benchmark
 from pipelines.ingest import ingest
 from pipelines.synthesize import synthesize
-from teasr.backbones import PRESETS, DualBranchDiT, save_backbone
 from teasr.errors import TeasrError, UsageError
 from teasr.images import bicubic_upsample, decode, encode
 from teasr.metrics import psnr_y
@@ -25,15 +24,6 @@ from teasr.shards import (
     write_manifest,
     write_shard,
 )
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network whose last layer is still zero: it is bicubic."""
-    folder = tmp_path_factory.mktemp("model")
-    network = DualBranchDiT(PRESETS["teasr-xs"])
-    save_backbone(network.settings, network.state_dict(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from pipelines.restore import restore_many
 from pipelines.runtime import ensure_ray
 from pipelines.shard_job import JobPlan, Rejected, ShardTask, run_job
 from pipelines.synthesize import _SynthesizeShard, plan, synthesize
-from teasr.backbones import PRESETS, DualBranchDiT, load_backbone, save_backbone
+from teasr.backbones import PRESETS, DualBranchDiT, load_model, save_model
 from teasr.degradation import load_preset
 from teasr.errors import TeasrError
 from teasr.images import decode, encode
@@ -220,7 +220,7 @@ def test_actors_that_are_killed_lose_no_picture(
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"p{i}.png").write_bytes(encode(photo(100, 100, seed=i)))
     network = DualBranchDiT(PRESETS["teasr-xs"])
-    save_backbone(network.settings, network.state_dict(), tmp_path / "model")
+    save_model(network, network.state_dict(), tmp_path / "model")
     ingest([str(tmp_path / "in")], str(tmp_path / "hr"), shard_size=4)
     ensure_ray(2)
     settings = RestorationSettings(tile=16, steps=2)
@@ -231,7 +231,7 @@ def test_actors_that_are_killed_lose_no_picture(
     names = [f"p{i}" for i in range(8)]
     assert sorted([*result.done, *result.skipped]) == names and not result.failed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{n}.png" for n in names]
-    network = load_backbone(tmp_path / "model")
+    network = load_model(tmp_path / "model").network
     for i in (0, 7):
         alone = restore(network, photo(100, 100, seed=i), settings)
         there = decode((tmp_path / "out" / f"p{i}.png").read_bytes()).rgb

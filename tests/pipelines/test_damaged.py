@@ -15,7 +15,7 @@ import pytest
 from jobs import cli
 from pipelines.restore import restore_many
 from pipelines.synthesize import synthesize
-from teasr.backbones import PRESETS, DualBranchDiT, save_backbone
+from teasr.backbones import PRESETS, DualBranchDiT, save_model
 from teasr.errors import TeasrError
 from teasr.images import encode
 from teasr.restoration import RestorationSettings
@@ -106,7 +106,7 @@ def test_synthesize_names_the_damage_and_leaves_no_dataset(
 
 def test_restore_tells_the_damaged_shards_and_does_the_others(hr: Path, tmp_path: Path) -> None:
     network = DualBranchDiT(PRESETS["teasr-xs"])
-    save_backbone(network.settings, network.state_dict(), tmp_path / "model")
+    save_model(network, network.state_dict(), tmp_path / "model")
     _cut(hr)
     settings = RestorationSettings(tile=16)
     result = restore_many(tmp_path / "model", str(hr), tmp_path / "out", settings)

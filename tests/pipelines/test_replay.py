@@ -24,21 +24,6 @@ Photo = Callable[..., np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def album(tmp_path_factory: pytest.TempPathFactory, photo: Photo) -> Path:
-    """Five pictures, PNG and JPEG, whose sides are no multiples of 4."""
-    folder = tmp_path_factory.mktemp("album")
-    for i in range(5):
-        picture = Image.fromarray(photo(97 + i, 122 + i, seed=i))
-        picture.save(folder / f"p{i}.{'jpg' if i == 2 else 'png'}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def hr(album: Path) -> str:
-    return ingest([str(album)], str(album.parent / "hr"), shard_size=2).destination
-
-
-@pytest.fixture(scope="module")
 def pairs(hr: str, album: Path) -> str:
     return synthesize(hr, str(album.parent / "pairs"), copies=2, seed=7, crop=64).destination
 

@@ -14,21 +14,13 @@ import pytest
 from pipelines.ingest import ingest
 from pipelines.restore import _Picture, _Place, _Restorer, output_format, restore_many
 from pipelines.runtime import MAX_LOST_WORKERS, quiet_actor_start
-from teasr.backbones import PRESETS, DualBranchDiT, load_backbone, save_backbone
+from teasr.backbones import load_model
 from teasr.errors import UsageError
 from teasr.images import decode, encode
 from teasr.restoration import RestorationSettings, restore
 from teasr.shards import Manifest, Sample, write_manifest, write_shard
 
 SETTINGS = RestorationSettings(tile=16, overlap=4)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    network = DualBranchDiT(PRESETS["teasr-xs"])
-    save_backbone(network.settings, network.state_dict(), folder)
-    return folder
 
 
 @pytest.fixture
@@ -43,10 +35,10 @@ def pictures(tmp_path: Path, photo: Callable[..., np.ndarray]) -> Path:
 
 
 def test_pictures_keep_their_names_and_bad_ones_are_told(
-    model: Path, pictures: Path, tmp_path: Path, ray_session: None
+    untrained: Path, pictures: Path, tmp_path: Path, ray_session: None
 ) -> None:
     out = tmp_path / "out"
-    result = restore_many(model, str(pictures), out, SETTINGS)
+    result = restore_many(untrained, str(pictures), out, SETTINGS)
     assert result.done == ("a.png", "below/b.jpg")
     assert [(failure.name, failure.reason) for failure in result.failed] == [
         ("broken.jpg", "truncated")
@@ -56,18 +48,20 @@ def test_pictures_keep_their_names_and_bad_ones_are_told(
     written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert written == ["a.png", "below/b.png"]
     restored = decode((out / "a.png").read_bytes()).rgb
-    alone = restore(load_backbone(model), decode((pictures / "a.png").read_bytes()).rgb, SETTINGS)
+    alone = restore(
+        load_model(untrained).network, decode((pictures / "a.png").read_bytes()).rgb, SETTINGS
+    )
     assert np.array_equal(restored, alone)
 
     before = (out / "a.png").stat().st_mtime_ns
     (out / "below" / "b.png").unlink()
-    again = restore_many(model, str(pictures), out, SETTINGS)
+    again = restore_many(untrained, str(pictures), out, SETTINGS)
     assert again.skipped == ("a.png",) and again.done == ("below/b.jpg",)
     assert (out / "a.png").stat().st_mtime_ns == before
 
 
 def test_shards_are_restored_by_key(
-    model: Path,
+    untrained: Path,
     pictures: Path,
     tmp_path: Path,
     ray_session: None,
@@ -75,20 +69,20 @@ def test_shards_are_restored_by_key(
 ) -> None:
     (pictures / "broken.jpg").unlink()
     ingest([str(pictures)], str(tmp_path / "hr"), min_side=8)
-    result = restore_many(model, str(tmp_path / "hr"), tmp_path / "out", SETTINGS)
+    result = restore_many(untrained, str(tmp_path / "hr"), tmp_path / "out", SETTINGS)
     assert len(result.done) == 2 and not result.failed
     assert {path.stem for path in (tmp_path / "out").iterdir()} == set(result.done)
     assert "constructor arguments" not in capfd.readouterr().err
-    again = restore_many(model, str(tmp_path / "hr"), tmp_path / "out", SETTINGS)
+    again = restore_many(untrained, str(tmp_path / "hr"), tmp_path / "out", SETTINGS)
     assert (again.skipped, again.done, again.pixels) == (result.done, (), 0)
 
 
 def test_a_picture_that_every_actor_was_lost_on_is_given_up(
-    model: Path, pictures: Path, tmp_path: Path
+    untrained: Path, pictures: Path, tmp_path: Path
 ) -> None:
     place = _Place(tmp_path / "out", ".png")
     picture = _Picture("a.png", str(pictures / "a.png"), place.target("a"))
-    restorer = _Restorer(model, SETTINGS, place)
+    restorer = _Restorer(untrained, SETTINGS, place)
     left = tmp_path / "out" / ".a.png.tries.partial"
     left.parent.mkdir()
     for lost, state in ((MAX_LOST_WORKERS, "failed"), (MAX_LOST_WORKERS - 1, "done")):
@@ -103,13 +97,13 @@ def test_a_picture_that_every_actor_was_lost_on_is_given_up(
 
 
 def test_one_key_in_two_shards_is_told(
-    model: Path, tmp_path: Path, photo: Callable[..., np.ndarray], ray_session: None
+    untrained: Path, tmp_path: Path, photo: Callable[..., np.ndarray], ray_session: None
 ) -> None:
     sample = Sample("a", {"png": encode(photo(20, 20)), "json": b"{}"})
     infos = [write_shard(str(tmp_path / "hr" / f"hr-{i}.tar"), [sample]) for i in range(2)]
     write_manifest(str(tmp_path / "hr"), Manifest(kind="hr", shards=tuple(infos)))
     with pytest.raises(UsageError, match=r"Several pictures would be written to .*a\.png"):
-        restore_many(model, str(tmp_path / "hr"), tmp_path / "out", SETTINGS)
+        restore_many(untrained, str(tmp_path / "hr"), tmp_path / "out", SETTINGS)
 
 
 def test_one_line_of_rays_is_kept_from_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
@@ -125,12 +119,12 @@ def test_one_line_of_rays_is_kept_from_the_terminal(capfd: pytest.CaptureFixture
 
 
 def test_two_pictures_of_one_name_are_refused(
-    model: Path, tmp_path: Path, photo: Callable[..., np.ndarray]
+    untrained: Path, tmp_path: Path, photo: Callable[..., np.ndarray]
 ) -> None:
     for name in ("a.png", "a.jpg"):
         (tmp_path / name).write_bytes(encode(photo(20, 20), "png" if "png" in name else "jpeg"))
     with pytest.raises(UsageError, match="Several pictures"):
-        restore_many(model, str(tmp_path), tmp_path / "out", SETTINGS)
+        restore_many(untrained, str(tmp_path), tmp_path / "out", SETTINGS)
 
 
 def test_formats_go_by_suffix() -> None:

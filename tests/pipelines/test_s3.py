@@ -28,7 +28,7 @@ from pipelines.ingest import ingest
 from pipelines.restore import restore_many
 from pipelines.runtime import ensure_ray
 from pipelines.synthesize import plan, synthesize
-from teasr.backbones import PRESETS, DualBranchDiT, save_backbone
+from teasr.backbones import PRESETS, DualBranchDiT, save_model
 from teasr.errors import TeasrError, UsageError
 from teasr.images import encode
 from teasr.restoration import RestorationSettings
@@ -227,7 +227,7 @@ def test_a_bucket_holds_what_a_folder_would(hr: str, calm: dict[str, str]) -> No
 
 def test_pictures_of_a_bucket_are_restored(hr: str, tmp_path: Path) -> None:
     network = DualBranchDiT(PRESETS["teasr-xs"])
-    save_backbone(network.settings, network.state_dict(), tmp_path / "model")
+    save_model(network, network.state_dict(), tmp_path / "model")
     result = restore_many(tmp_path / "model", hr, tmp_path / "out", RestorationSettings())
     assert result.done == ("p0", "p1", "p2", "p3", "p4") and not result.failed
 

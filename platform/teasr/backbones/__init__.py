@@ -4,9 +4,15 @@ from teasr.backbones.base import Backbone, Velocity, velocity_from_image
 from teasr.backbones.branch_lora import load_adapters, merge, read_adapters, save_adapters, unmerge
 from teasr.backbones.codec import Codec, KLCodec, Pixels, QwenImageCodec
 from teasr.backbones.dit import PRESETS, DiTSettings, DualBranchDiT
-from teasr.backbones.folder import built_in_models, load_backbone, save_backbone
+from teasr.backbones.folder import Model, built_in_models, load_model, named_base, save_model
 from teasr.backbones.latent import LatentBackbone
-from teasr.backbones.pretrained import Pretrained, load_pretrained, meta_backbone
+from teasr.backbones.pretrained import (
+    Pretrained,
+    PretrainedSettings,
+    check_pretrained,
+    load_pretrained,
+    meta_backbone,
+)
 
 __all__ = [
     "PRESETS",
@@ -16,19 +22,23 @@ __all__ = [
     "DualBranchDiT",
     "KLCodec",
     "LatentBackbone",
+    "Model",
     "Pixels",
     "Pretrained",
+    "PretrainedSettings",
     "QwenImageCodec",
     "Velocity",
     "built_in_models",
+    "check_pretrained",
     "load_adapters",
-    "load_backbone",
+    "load_model",
     "load_pretrained",
     "merge",
     "meta_backbone",
+    "named_base",
     "read_adapters",
     "save_adapters",
-    "save_backbone",
+    "save_model",
     "unmerge",
     "velocity_from_image",
 ]

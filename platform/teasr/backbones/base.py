@@ -39,11 +39,17 @@ class Backbone(nn.Module):
         multiple: low-resolution sides must be multiples of this many pixels.
         period: low-resolution pixels after which the network's division of a picture repeats, a
             multiple of `multiple`: tiles that start at multiples of it are divided alike.
+        tile, overlap, warp: what `RestorationSettings` take where they leave it to the model. The
+            levels stay near 1 here, where a small network's one-step pictures are best: each step
+            restores anew, knowing the last result.
     """
 
     scale: int
     multiple: int
     period: int
+    tile: int = 384
+    overlap: int = 8
+    warp: tuple[float, float] = (0.05, 1.0)
 
     def forward(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Any) -> Tensor:
         raise NotImplementedError

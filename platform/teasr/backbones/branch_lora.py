@@ -49,6 +49,12 @@ ADAPTERS_FILE = "adapters.json"
 EMBEDDER_FILE = "target_embedder.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_CONFIG_FILE = "adapter_config.json"
+ADAPTERS_FILES = (
+    *(f"{branch}/{name}" for branch in BRANCHES for name in (LORA_FILE, LORA_CONFIG_FILE)),
+    EMBEDDER_FILE,
+    ADAPTERS_FILE,
+)
+"""What `save_adapters` writes, as paths in its folder."""
 FORMAT = 1
 
 # --------------------------------------------------------------------------- layers

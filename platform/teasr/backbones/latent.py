@@ -57,6 +57,9 @@ class LatentBackbone(Backbone):
     kind: ClassVar[str]
     adapted: ClassVar[str]
     prompt: Tensor
+    tile = 128  # of 512 pixels restored, the crops that such a network is trained on
+    overlap = 32  # every token sees the whole tile, so neighbours differ by more than at an edge
+    warp = (1.0, 1.0)  # pretraining taught it to draw detail at low levels too
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import gc
 import hashlib
 import inspect
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,15 +35,16 @@ from teasr.backbones.branch_lora import BaseReference
 from teasr.backbones.codec import AutoencoderCodec, KLCodec, QwenImageCodec
 from teasr.backbones.latent import LatentBackbone
 from teasr.backbones.qwen_image import QwenImageBackbone
+from teasr.backbones.safetensors_files import INDEX_SUFFIX, STEM, Place, read_header
 from teasr.backbones.z_image import ZImageBackbone
+from teasr.config import Settings
 from teasr.errors import TeasrError, UsageError
 
 Kind = Literal["qwen-image", "z-image"]
 
 INSTALL = "Install what large backbones need: pip install 'teasr[large]'."
 PROMPT_FILE = "empty_prompt.safetensors"
-STEM = "diffusion_pytorch_model"
-INDEX_FILE = f"{STEM}.safetensors.index.json"
+INDEX_FILE = f"{STEM}{INDEX_SUFFIX}"
 SINGLE_FILE = f"{STEM}.safetensors"
 
 
@@ -75,12 +78,38 @@ KINDS: dict[str, KindSpec] = {
 }
 
 
+class PretrainedSettings(Settings):
+    """A pretrained network, and the adapters that are trained on it."""
+
+    kind: Kind
+    """What the network is."""
+    source: str = Field(min_length=1)
+    """A diffusers folder, under the same path on every machine, or a hub repository
+    `owner/name`."""
+    revision: str | None = None
+    """Commit of the hub repository, 40 hex digits; a folder has none."""
+    rank: int = Field(128, ge=1)
+    """Rank of the adapters of both branches."""
+    alpha: float | None = Field(None, gt=0)
+    """Adapters are scaled by alpha / rank; None: by 1."""
+    frozen_bits: Literal[8] | None = None
+    """8 holds the frozen weights of the blocks in int8, half of bfloat16; None as they are."""
+
+    @field_validator("revision")
+    @classmethod
+    def _commit(cls, value: str | None) -> str | None:
+        if value is not None and not _is_commit(value):
+            raise ValueError("a commit, 40 hex digits, is expected (branches and tags move)")
+        return value
+
+
 @dataclass(frozen=True)
 class Pretrained:
-    """A backbone and the codec of what it works on."""
+    """A backbone, the codec of what it works on, and the folder of its frozen weights' files."""
 
     backbone: LatentBackbone
     codec: AutoencoderCodec
+    weights: Path
 
 
 # --------------------------------------------------------------------------- loading
@@ -97,6 +126,7 @@ def load_pretrained(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
+    prompt: Path | None = None,
     mapped: bool = True,
     blocks_on_meta: bool = False,
 ) -> Pretrained:
@@ -112,6 +142,8 @@ def load_pretrained(
         dtype: compute type, and type of all other weights.
         cache: folder for the prompt's embedding when it has to be computed; None: it is computed
             again each time.
+        prompt: file of the prompt's embedding, as `empty_prompt.safetensors`; None: see the
+            module's text.
         mapped: on the CPU, leave frozen weights that are stored in `dtype` in the mapped files.
             They are read-only: writing into them in place kills the process, as an engine does that
             broadcasts weights to other processes without partitioning them; give it False.
@@ -132,16 +164,20 @@ def load_pretrained(
     _diffusers()
     if frozen_bits:
         _torchao()
-    folder = _resolve(source, revision, cache)
-    config = _check_class(folder / "transformer", spec.transformer)
-    _check_class(folder / "vae", spec.autoencoder)
+    folder = _resolve(source, revision, cache, prompt is None)
+    transformer, _ = _described(kind, folder)
     files = weight_files(folder / "transformer")
-    transformer = _on_meta(kind, config)
     _check_tensors(transformer, files, folder / "transformer")
     reference = BaseReference(
-        source=str(source), revision=revision, fingerprint=fingerprint(folder / "transformer")
+        source=str(folder.absolute()) if revision is None else str(source),
+        revision=revision,
+        fingerprint=fingerprint(folder / "transformer"),
     )
-    prompt = empty_prompt(kind, folder, transformer.config[spec.prompt_width], cache)
+    width = transformer.config[spec.prompt_width]
+    if prompt is None:
+        embedding = empty_prompt(kind, folder, width, cache)
+    else:
+        embedding = _read_prompt(prompt, width)
 
     at = torch.device(device)
     _assign(transformer, files, dtype, at, mapped=mapped, blocks_on_meta=blocks_on_meta)
@@ -151,14 +187,63 @@ def load_pretrained(
     codec = spec.codec(autoencoder).to(device)
     backbone = spec.backbone(
         transformer,
-        prompt.to(device),
+        embedding.to(device),
         rank=rank,
         alpha=alpha,
         scale=codec.scale,
         factor=codec.factor,
         base=reference,
     )
-    return Pretrained(backbone, codec)
+    return Pretrained(backbone, codec, folder / "transformer")
+
+
+def check_pretrained(
+    settings: PretrainedSettings, *, cache: Path | None = None, streamed: torch.dtype | None = None
+) -> int:
+    """Find what is wrong with a pretrained network before anything is loaded.
+
+    Descriptions and the headers of weights are read, no values. Of a hub repository the
+    descriptions are fetched, if they are not on this machine yet, and nothing else.
+
+    Args:
+        cache: as in `load_pretrained`.
+        streamed: compute type, where blocks are streamed: what they must be stored in.
+
+    Returns:
+        Pixels that the sides of a restored picture must be a multiple of.
+
+    Raises:
+        UsageError, TeasrError: as `load_pretrained`.
+    """
+    spec = KINDS[settings.kind]
+    _diffusers()
+    if settings.frozen_bits:
+        _torchao()
+    local = Path(settings.source).expanduser().is_dir()
+    folder = _resolve(settings.source, settings.revision, cache, False, with_values=False)
+    transformer, autoencoder = _described(settings.kind, folder)
+    if local:
+        files = weight_files(folder / "transformer")
+        _check_tensors(transformer, files, folder / "transformer", streamed)
+        for path in weight_files(folder / "vae"):
+            read_header(path)
+        _check_prompt_source(folder, cache)
+    return spec.codec(autoencoder).factor * spec.backbone.patch_of(transformer)
+
+
+def prepare_pretrained(settings: PretrainedSettings, cache: Path) -> None:
+    """Bring to this machine what `load_pretrained` reads: the files of a hub repository, and in
+    `cache` the embedding of the empty prompt, if it is not beside the model.
+
+    Raises:
+        UsageError, TeasrError: as `load_pretrained`.
+    """
+    _diffusers()
+    folder = _resolve(settings.source, settings.revision, cache, True)
+    if not any(path.is_file() for path in _prompt_places(folder, cache)):
+        transformer, _ = _described(settings.kind, folder)
+        width = transformer.config[KINDS[settings.kind].prompt_width]
+        empty_prompt(settings.kind, folder, width, cache)
 
 
 def meta_backbone(
@@ -189,10 +274,17 @@ def meta_backbone(
 
 
 def _diffusers() -> Any:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao tells of each part that it cannot load, unasked
     try:
         import diffusers
+
+        for spec in KINDS.values():  # what it holds is imported on use only
+            getattr(diffusers, spec.transformer)
     except ImportError as error:
         raise TeasrError(f"diffusers cannot be imported: {error}.", INSTALL) from None
+    finally:
+        logging.disable(before)
     return diffusers
 
 
@@ -207,8 +299,15 @@ def _torchao() -> Any:
 # --------------------------------------------------------------------------- where files are
 
 
-def _resolve(source: str | Path, revision: str | None, cache: Path | None) -> Path:
-    """The folder of `source`, downloaded if it is a hub repository."""
+def _resolve(
+    source: str | Path,
+    revision: str | None,
+    cache: Path | None,
+    with_prompt: bool,
+    with_values: bool = True,
+) -> Path:
+    """The folder of `source`, downloaded if it is a hub repository; `with_prompt`: and what its
+    prompt's embedding comes from; `with_values`: weights, not descriptions alone."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -221,7 +320,7 @@ def _resolve(source: str | Path, revision: str | None, cache: Path | None) -> Pa
             f"There is no folder {source}, and it is no hub repository.",
             "Give a diffusers folder, or owner/name with a revision.",
         )
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+    if not _is_commit(revision or ""):
         given = f"the revision '{revision}'" if revision else "no revision"
         raise UsageError(
             f"There is no folder {source}; as a hub repository it has {given}, which may mean "
@@ -229,15 +328,23 @@ def _resolve(source: str | Path, revision: str | None, cache: Path | None) -> Pa
             "Give the commit: the 40 hex digits on the repository's history page.",
         )
     assert revision is not None
-    return _download(str(source), revision, cache)
+    return _download(str(source), revision, cache, with_prompt, with_values)
 
 
-def _download(repository: str, revision: str, cache: Path | None) -> Path:
+def _is_commit(revision: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _download(
+    repository: str, revision: str, cache: Path | None, with_prompt: bool, with_values: bool
+) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise TeasrError(f"huggingface_hub cannot be imported: {error}.", INSTALL) from None
-    wanted = ["transformer/*.json", "transformer/*.safetensors", "vae/*.json", "vae/*.safetensors"]
+    wanted = ["transformer/*.json", "vae/*.json"]
+    if with_values:
+        wanted += ["transformer/*.safetensors", "vae/*.safetensors"]
 
     def fetch(patterns: list[str]) -> Path:
         try:
@@ -250,8 +357,7 @@ def _download(repository: str, revision: str, cache: Path | None) -> Path:
         return Path(found)
 
     folder = fetch([*wanted, PROMPT_FILE])
-    stored = _prompt_places(folder, cache)
-    if not any(path.is_file() for path in stored):
+    if with_prompt and not any(path.is_file() for path in _prompt_places(folder, cache)):
         fetch(["text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*"])
     return folder
 
@@ -328,50 +434,6 @@ def fingerprint(folder: Path) -> str:
 
 # --------------------------------------------------------------------------- weights
 
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a safetensors file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def _header(path: Path) -> dict[str, _Stored]:
-    """Tensors of a safetensors file, by name (format: 8 bytes length, JSON, data)."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if not 0 < length <= size - 8:
-                raise ValueError("its header is cut off")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        found = {
-            name: _Stored(
-                _TYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                *(8 + length + int(offset) for offset in entry["data_offsets"]),
-            )
-            for name, entry in entries.items()
-        }
-        if any(tensor.end > size for tensor in found.values()):
-            raise ValueError("its data is cut off")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise TeasrError(f"{path} is damaged: {error}.", "Copy or download it again.") from None
-    return found
-
 
 def _on_meta(kind: str, config: Mapping[str, Any]) -> Any:
     """The transformer without values; what is computed and not stored has its values."""
@@ -387,11 +449,27 @@ def _on_meta(kind: str, config: Mapping[str, Any]) -> Any:
     return transformer
 
 
-def _check_tensors(transformer: nn.Module, files: list[Path], folder: Path) -> None:
-    """Refuse files whose tensors are not those of the configured network."""
-    found: dict[str, _Stored] = {}
+def _described(kind: Kind, folder: Path) -> tuple[Any, Any]:
+    """Transformer and autoencoder of the model in `folder`, on meta.
+
+    Raises:
+        UsageError: when they are of other classes than `kind`'s.
+    """
+    spec = KINDS[kind]
+    config = _check_class(folder / "transformer", spec.transformer)
+    other = _check_class(folder / "vae", spec.autoencoder)
+    with torch.device("meta"):
+        autoencoder = getattr(_diffusers(), spec.autoencoder).from_config(other)
+    return _on_meta(kind, config), autoencoder
+
+
+def _check_tensors(
+    transformer: nn.Module, files: list[Path], folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Refuse files whose tensors are not those of the configured network, or not of `dtype`."""
+    found: dict[str, Place] = {}
     for path in files:
-        found |= _header(path)
+        found |= read_header(path)
     wanted = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     for what, names in (
         ("lacks", wanted.keys() - found.keys()),
@@ -409,6 +487,18 @@ def _check_tensors(transformer: nn.Module, files: list[Path], folder: Path) -> N
                 f"{folder}: {name} is {found[name].shape}, its config.json says {shape}.",
                 "Both must come from the same model.",
             )
+        if dtype is not None and found[name].dtype != dtype:
+            raise UsageError(
+                f"{folder}: {name} is stored in {_short(found[name].dtype)}; weights that are "
+                f"streamed are computed with as they are, and the engine computes in "
+                f"{_short(dtype)}.",
+                "Set engine.precision to the files' type, or engine.offload_parameters to another "
+                "value.",
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -417,11 +507,11 @@ def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         whole = torch.from_numpy(data)
-    for name, stored in _header(path).items():
-        view = whole[stored.start : stored.end]
-        if stored.start % stored.dtype.itemsize:
+    for name, place in read_header(path).items():
+        view = whole[place.start : place.start + place.size]
+        if place.start % place.dtype.itemsize:
             view = view.clone()
-        yield name, view.view(stored.dtype).view(stored.shape)
+        yield name, view.view(place.dtype).view(place.shape)
 
 
 def _assign(
@@ -456,7 +546,8 @@ def _assign(
 def _to_8_bits(transformer: Any) -> None:
     """Hold the weights of the linear layers in the blocks in int8, one factor per output channel.
 
-    One layer at a time, so that both forms are never there for more than one.
+    One block at a time, so that both forms are never there for more than one. They become buffers:
+    an engine broadcasts, casts and stores parameters as if they were plain tensors.
     """
     torchao = _torchao()
     repeated = tuple(transformer._repeated_blocks)
@@ -464,6 +555,11 @@ def _to_8_bits(transformer: Any) -> None:
     for block in transformer.modules():
         if type(block).__name__ in repeated:
             torchao.quantize_(block, torchao.Int8WeightOnlyConfig())
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear):
+                    weight = layer.weight.detach()
+                    del layer.weight
+                    layer.register_buffer("weight", weight, persistent=False)
 
 
 def _load_autoencoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
@@ -489,12 +585,7 @@ def empty_prompt(kind: Kind, folder: Path, width: int, cache: Path | None) -> Te
     for path in _prompt_places(folder, cache):
         if path.is_file():
             return _read_prompt(path, width)
-    if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
-        raise TeasrError(
-            f"{folder} holds neither {PROMPT_FILE} nor text_encoder/ and tokenizer/.",
-            "Copy the two folders of the model there once; the embedding of the empty prompt is "
-            "computed and kept, and they are needed no more.",
-        )
+    _check_prompt_source(folder, cache)
     embedding = _compute_prompt(kind, folder).float().cpu().contiguous()
     if embedding.ndim != 2 or embedding.shape[1] != width:
         raise TeasrError(
@@ -507,6 +598,18 @@ def empty_prompt(kind: Kind, folder: Path, width: int, cache: Path | None) -> Te
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"embedding": embedding}, path, metadata={"kind": kind})
     return embedding
+
+
+def _check_prompt_source(folder: Path, cache: Path | None) -> None:
+    """Refuse a folder in which the empty prompt's embedding can neither be read nor computed."""
+    if any(path.is_file() for path in _prompt_places(folder, cache)):
+        return
+    if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
+        raise TeasrError(
+            f"{folder} holds neither {PROMPT_FILE} nor text_encoder/ and tokenizer/.",
+            "Copy the two folders of the model there once; the embedding of the empty prompt is "
+            "computed and kept, and they are needed no more.",
+        )
 
 
 def _prompt_places(folder: Path, cache: Path | None) -> list[Path]:
