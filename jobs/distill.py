@@ -1,14 +1,19 @@
 """`teasr distill`: a Ray Train job that runs the TEASR objective, recorded in MLflow.
 
-A run lives in a folder of its own (`<home>/runs/NAME`): Ray Train's checkpoints, the finished
-model. Running the same command again takes up an unfinished run from its last checkpoint, at the
-pair after the last one that the checkpoint counted, and returns a finished one as it is.
+A run lives in a folder of its own (`<home>/runs/NAME`): Ray Train's checkpoints, the losses of each
+step, the best models by their previews, the finished model. Running the same command again takes up
+an unfinished run from its last checkpoint, at the pair after the last one that the checkpoint
+counted, and returns a finished one as it is. Where and how long it runs may change meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import platform
+import shlex
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,15 +29,23 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 from jobs.console import progress_bar
+from jobs.networks import absolute_source, check_network
+from jobs.plan import check_fits, this_machine
+from jobs.preemption import HearSigterm, Preempted, StopRequest
+from jobs.previews import preview_pairs
 from jobs.recipe import Recipe
-from jobs.training import MODEL_FOLDER, PROGRESS_FILE, STATE_FILE, train
+from jobs.record import BEST_FOLDER, BestModels
+from jobs.training import MODEL_FOLDER, PROGRESS_FILE, STATE_FILE, Position, train
 from pipelines.feed import FeedPosition, feed, split
 from pipelines.runtime import ensure_ray, quiet_ray_data
 from teasr import registry, tracking
+from teasr.checkpoints import Layout
 from teasr.engine import prepare_offload
 from teasr.errors import TeasrError, UsageError
 from teasr.lpips import find_weights
 from teasr.shards import absolute_url, content_hash, read_manifest, write_bytes
+
+log = logging.getLogger(__name__)
 
 EXPERIMENT = "teasr"
 RUN_FILE = "run.json"
@@ -46,12 +59,15 @@ class Distilled:
         run_id: MLflow run.
         model: folder with `model.safetensors` and `model.json`.
         position: steps, samples and seconds of training, and steps left out.
+        best: the model whose preview had the highest PSNR, as `step`, `psnr_y` in dB and `model`, a
+            folder; None when there were no previews. The run's own model is its last.
         reused: whether the run was already finished.
     """
 
     run_id: str
     model: Path
     position: dict[str, Any]
+    best: dict[str, Any] | None = None
     reused: bool = False
 
 
@@ -61,28 +77,36 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
     Raises:
         UsageError: no dataset, an unknown model to start from, too few CPUs or GPUs, or a folder
             that holds a run of another recipe; an offload that this machine cannot do.
-        TeasrError: the MLflow server is away, or training failed.
+        Preempted: SIGTERM or SIGINT came, and the run has ended with a checkpoint.
+        TeasrError: the MLflow server is away, training failed, or diverges.
     """
     if recipe.data is None:
         raise UsageError("The recipe has no data.", "Set data to a folder made by 'teasr ingest'.")
     manifest = read_manifest(recipe.data, kind="hr")
     init = None if recipe.init == "scratch" else registry.resolve(recipe.init)
-    find_weights("vgg", recipe.lpips)  # a wrong path is told before anything starts
-    identity = content_hash([recipe.model_dump(mode="json"), manifest.fingerprint])
+    check_network(recipe, init)  # what is wrong is told before anything starts
+    find_weights("vgg", recipe.lpips)
+    identity = content_hash([recipe.trajectory, manifest.fingerprint])
     client = tracking.connect()
     ensure_ray()
     _check_resources(recipe)
+    check_fits(recipe, this_machine())
     prepare_offload(recipe.engine)  # before workers start, who would all wait for a compiler
 
     folder.mkdir(parents=True, exist_ok=True)
+    _mend_list(folder)
     run = _run(client, folder, identity, recipe, manifest.fingerprint)
     model = folder / MODEL_FOLDER
-    if run["finished"]:
-        return Distilled(run["run_id"], model, run["position"], reused=True)
+    # More minutes or steps than a finished run was given make it go on.
+    if run["finished"] and Position(**run["position"]).share_of(recipe.training) >= 1:
+        return Distilled(run["run_id"], model, run["position"], _best(folder), reused=True)
+    run = _begin(client, folder, run, recipe)
 
     # Workers have another working folder.
     lpips = recipe.lpips and str(Path(recipe.lpips).absolute())
-    recipe = recipe.model_copy(update={"data": absolute_url(recipe.data), "lpips": lpips})
+    recipe = absolute_source(recipe).model_copy(
+        update={"data": absolute_url(recipe.data), "lpips": lpips}
+    )
     trainer = TorchTrainer(
         train,
         train_loop_config={
@@ -91,6 +115,7 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
             "tracking_uri": client.tracking_uri,
             "run": run["run_id"],
             "folder": str(folder.absolute()),
+            "pairs": preview_pairs(recipe) if recipe.training.minutes_between_previews else [],
         },
         scaling_config=ScalingConfig(
             num_workers=recipe.training.workers,
@@ -105,25 +130,47 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
         run_config=RunConfig(
             name="train",
             storage_path=str(folder.absolute()),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=recipe.training.keep_last),
             failure_config=FailureConfig(max_failures=recipe.training.max_failures),
+            callbacks=[HearSigterm()],
         ),
     )
-    with quiet_ray_data(), _live_line(folder, recipe):
+    with quiet_ray_data(), _live_line(folder, recipe), StopRequest(folder) as request:
         try:
-            result = trainer.fit()
+            result = request.while_running(trainer.fit)
         except ray.train.TrainingFailedError as error:
             client.set_terminated(run["run_id"], "FAILED")
             raise _explain(error, folder) from None
+    if result.return_value is not None:
+        client.set_terminated(run["run_id"], "FAILED")
+        raise _diverges(folder, **result.return_value)
     assert result.checkpoint is not None  # the loop ends with one
     with result.checkpoint.as_directory() as checkpoint:
         position = json.loads((Path(checkpoint) / STATE_FILE).read_text())
         del position["feed"]  # of no use once the run is over
+        if Position(**position).share_of(recipe.training) < 1:
+            client.set_terminated(run["run_id"], "KILLED")
+            raise Preempted(
+                f"{request.signal or 'The stop file'} ended the run after step "
+                f"{position['steps']}, with a checkpoint.",
+                "The same command goes on from there.",
+            )
         shutil.copytree(Path(checkpoint) / MODEL_FOLDER, model, dirs_exist_ok=True)
     _write_run(folder, {**run, "finished": True, "position": position})
     for name, value in position.items():
         client.log_metric(run["run_id"], f"training/{name}", value)
-    return Distilled(run["run_id"], model, position)
+    best = _best(folder)
+    if best is not None:
+        client.set_tag(run["run_id"], "teasr.best_step", best["step"])
+    client.set_terminated(run["run_id"])
+    return Distilled(run["run_id"], model, position, best)
+
+
+def _best(folder: Path) -> dict[str, Any] | None:
+    entries = BestModels(folder).entries()
+    if not entries:
+        return None
+    return {**entries[0], "model": str(folder / BEST_FOLDER / entries[0]["model"])}
 
 
 @dataclass(frozen=True)
@@ -176,6 +223,50 @@ def _last_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
+def _mend_list(folder: Path) -> None:
+    """Make Ray Train's list of checkpoints anew where it is broken, of the newest that is whole.
+
+    Ray writes its list in place: a driver that is killed meanwhile leaves half of it, and Ray would
+    refuse the whole run for that. It writes it when a checkpoint is complete on all workers.
+    """
+    # Ray has no public word for this file.
+    from ray.train.v2._internal.execution.checkpoint import checkpoint_manager as manager
+
+    path = folder / "train" / "checkpoint_manager_snapshot.json"
+    try:
+        json.loads(path.read_text())
+        return
+    except FileNotFoundError:
+        return
+    except ValueError:
+        log.warning("%s is broken and is made anew.", path)
+    results = []
+    for checkpoint in sorted(path.parent.glob("checkpoint_*"), reverse=True):
+        try:
+            Layout.read(checkpoint)
+            steps = json.loads((checkpoint / STATE_FILE).read_text())["steps"]
+        except (TeasrError, OSError, ValueError):
+            continue
+        results.append(
+            manager._TrainingResultState(
+                checkpoint_dir_name=checkpoint.name, metrics={"steps": steps}
+            )
+        )
+        break
+    state = manager._CheckpointManagerState(
+        checkpoint_results=results,
+        checkpoint_report_indices=[0] * len(results),
+        latest_checkpoint_result=results[0] if results else None,
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(results),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    write_bytes(str(path.absolute()), state.json().encode())
+
+
 def _check_resources(recipe: Recipe) -> None:
     """Ray would wait for ever for what a cluster does not have: say so instead."""
     training, have = recipe.training, ray.cluster_resources()
@@ -214,14 +305,48 @@ def _run(
         tags={
             "teasr.data": recipe.data or "",
             "teasr.data_fingerprint": fingerprint,
-            "teasr.commit": tracking.git_commit() or "",
             "teasr.lpips": "present" if find_weights("vgg", recipe.lpips) else "missing",
         },
     )
     for name, value in _flat(recipe.model_dump(mode="json")):
         client.log_param(created.info.run_id, name, value)
-    client.log_dict(created.info.run_id, recipe.model_dump(mode="json"), "recipe.yaml")
-    run = {"run_id": created.info.run_id, "identity": identity, "finished": False}
+    run = {"run_id": created.info.run_id, "identity": identity, "finished": False, "attempts": 0}
+    _write_run(folder, run)
+    return run
+
+
+def _begin(client: Any, folder: Path, run: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Note what this command brings to the run: artifacts `recipe.yaml` and `attempts/NN.yaml`, and
+    the newest of it in tags."""
+    have, last = ray.cluster_resources(), _last_state(folder)
+    attempt = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": tracking.mask_credentials(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "goes_on_from_step": last["steps"] if last else 0,
+        "commit": tracking.git_commit() or "",
+        "machine": {
+            "system": platform.platform(),
+            "cpus": have.get("CPU", 0),
+            "gpus": have.get("GPU", 0),
+            "gpu": next((name for name in have if name.startswith("accelerator_type:")), ""),
+            "memory_gb": round(have.get("memory", 0) / 1e9, 1),
+        },
+        "versions": {"python": platform.python_version(), **tracking.versions()},
+    }
+    run = {**run, "finished": False, "attempts": run["attempts"] + 1}
+    run_id, training = run["run_id"], recipe.training
+    tags = {
+        "command": attempt["command"],
+        "commit": attempt["commit"],
+        "attempts": run["attempts"],
+        "workers": f"{training.workers} {'GPU' if training.gpu else 'CPU'}",
+        "versions": ", ".join(f"{name} {found}" for name, found in attempt["versions"].items()),
+    }
+    for name, value in tags.items():
+        client.set_tag(run_id, f"teasr.{name}", value)
+    client.log_dict(run_id, recipe.model_dump(mode="json"), "recipe.yaml")
+    client.log_dict(run_id, attempt, f"attempts/{run['attempts']:02d}.yaml")
+    client.update_run(run_id, status="RUNNING")
     _write_run(folder, run)
     return run
 
@@ -251,11 +376,13 @@ def _live_line(folder: Path, recipe: Recipe) -> Iterator[None]:
                     document = json.loads(path.read_text())
                 except (OSError, ValueError):
                     continue
-                values = document["values"]
+                values, done = document["values"], document["progress"]
+                left = document["seconds"] * (1 - done) / max(done, 1e-9) / 60
                 update(
-                    document["progress"],
+                    done,
                     f"step {document['steps']}, {values['samples_per_second']:.1f} pairs/s, "
-                    f"loss {values['loss/total']:.4f}",
+                    f"loss {values['loss/total']:.4f}, {left:.0f} min left, waited for data "
+                    f"{values['share_waiting_for_data']:.0%}",
                 )
 
     path.unlink(missing_ok=True)
@@ -280,4 +407,20 @@ def _explain(error: ray.train.TrainingFailedError, folder: Path) -> TeasrError:
     return TeasrError(
         f"Training failed: {last}",
         f"The traceback is in {log}. The same command resumes from the last checkpoint.",
+    )
+
+
+def _diverges(folder: Path, problem: str, good_step: int) -> TeasrError:
+    """What is wrong with the run, and the newest model it left from when it was well."""
+    left = {
+        json.loads(path.read_text())["steps"]: path.parent / MODEL_FOLDER
+        for path in folder.glob(f"train/*/{STATE_FILE}")
+    }
+    for entry in BestModels(folder).entries():
+        left.setdefault(entry["step"], folder / BEST_FOLDER / entry["model"])
+    step = max((step for step in left if step <= good_step), default=None)
+    return TeasrError(
+        f"The run diverges: {problem}.",
+        "Lower engine.learning_rate and start another run (--name)"
+        + (f" from step {step}: init={left[step]}" if step else ", from other weights."),
     )

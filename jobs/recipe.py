@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.feed import FeedSettings
-from teasr.backbones import PRESETS, DiTSettings
+from teasr.backbones import PRESETS, DiTSettings, PretrainedSettings
 from teasr.config import Settings, apply_overrides, read_yaml
 from teasr.engine import EngineSettings
 from teasr.errors import UsageError
@@ -45,8 +45,21 @@ class TrainingSettings(Settings):
     """Optimizer steps between two records of losses."""
     checkpoint_minutes: float = Field(5.0, gt=0)
     """Time between two checkpoints."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints kept; a run goes on from the newest."""
+    keep_best: int = Field(1, ge=0)
+    """Models kept, apart from checkpoints, whose previews had the highest PSNR."""
+    preview_minutes: float | None = Field(None, ge=0)
+    """Time between two previews, which are not counted as training; None as `checkpoint_minutes`,
+    0 makes none."""
+    previews: int = Field(4, ge=1)
+    """Pictures of a preview: pairs of the benchmark, or, without one, the first crop of each of the
+    first photographs."""
     max_bad_steps: float = Field(0.05, ge=0, le=1)
     """Share of steps that may be left out because a loss was not finite; above it the run fails."""
+    max_loss_growth: float | None = Field(None, gt=1)
+    """A run fails when a term's mean over 50 steps is so many times the lowest such mean so far;
+    None: never. Terms that play against each other may grow in a run that is well."""
     max_failures: int = Field(3, ge=0)
     """Worker failures that are answered by a restart from the last checkpoint."""
     seed: int = Field(0, ge=0)
@@ -57,6 +70,12 @@ class TrainingSettings(Settings):
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give either minutes or steps")
         return self
+
+    @property
+    def minutes_between_previews(self) -> float:
+        """`preview_minutes`, filled in; 0 for none."""
+        given = self.preview_minutes
+        return self.checkpoint_minutes if given is None else given
 
 
 class EvaluationSettings(Settings):
@@ -79,6 +98,15 @@ class EvaluationSettings(Settings):
         return tuple(sorted({1, *value}))
 
 
+_BESIDES = {"model", "data", "benchmark", "photos", "shrink", "held_out", "evaluation", "gate"}
+"""Fields that training does not read; it knows the data by their fingerprint."""
+_PLACEMENT = {
+    *("offload_parameters", "offload_optimizer", "nvme_path", "stream_cache_gb"),
+    "gradient_checkpointing",
+}
+"""Engine settings that change where numbers are and not which."""
+
+
 class Recipe(Settings):
     """A distillation from data to promotion."""
 
@@ -95,10 +123,12 @@ class Recipe(Settings):
     decides for each."""
     held_out: float = Field(0.15, gt=0, lt=1)
     """Share of the photographs that `teasr retrain` keeps for the benchmark."""
-    backbone: str | DiTSettings = "teasr-s"
-    """A preset's name, or the shape of the network."""
+    backbone: str | DiTSettings | PretrainedSettings = "teasr-s"
+    """A native network, by a preset's name or its shape; or a pretrained one, by kind and source,
+    with the adapters to train on it."""
     init: str = "scratch"
-    """Weights to start from: `scratch`, a built-in model, a folder, or an MLflow model URI."""
+    """Weights to start from: `scratch`, a built-in model, a folder, or an MLflow model URI. On a
+    pretrained backbone those of the adapters; `scratch` is then the base as it was published."""
     lpips: str | None = None
     """LPIPS weights for the pixel term, a file or a folder; None looks at $TEASR_LPIPS."""
     feed: FeedSettings = FeedSettings()
@@ -110,31 +140,101 @@ class Recipe(Settings):
 
     @field_validator("backbone", mode="before")
     @classmethod
-    def _shape(cls, value: Any) -> Any:
+    def _form(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        pretrained = PretrainedSettings.model_fields.keys() & value.keys()
+        form = PretrainedSettings if pretrained else DiTSettings
         try:  # here, so that an error names the field of this form and not of the other
-            return DiTSettings.from_mapping(value, "backbone")
+            return form.from_mapping(value, "backbone")
         except UsageError as error:
             raise ValueError(str(error).removeprefix("backbone: ").rstrip(".")) from None
 
     @field_validator("backbone")
     @classmethod
-    def _known_backbone(cls, value: str | DiTSettings) -> str | DiTSettings:
+    def _known_backbone(
+        cls, value: str | DiTSettings | PretrainedSettings
+    ) -> str | DiTSettings | PretrainedSettings:
         if isinstance(value, str) and value not in PRESETS:
-            raise ValueError(f"one of {', '.join(PRESETS)}, or a mapping of settings, is expected")
+            raise ValueError(
+                f"one of {', '.join(PRESETS)}, or a mapping of settings, is expected; a pretrained "
+                "backbone is a mapping with kind and source"
+            )
         return value
 
     @property
     def backbone_settings(self) -> DiTSettings:
-        """The network's shape."""
+        """The native network's shape.
+
+        Raises:
+            UsageError: when the backbone is a pretrained one.
+        """
+        if isinstance(self.backbone, PretrainedSettings):
+            raise UsageError(
+                f"backbone: a native network is expected here, and this is a {self.backbone.kind}.",
+                f"Set it to one of: {', '.join(PRESETS)}.",
+            )
         return PRESETS[self.backbone] if isinstance(self.backbone, str) else self.backbone
 
+    @property
+    def trajectory(self) -> dict[str, Any]:
+        """What decides what is learned, apart from the data: all but how far a run goes, where it
+        runs, and what is recorded and measured of it."""
+        left_out: dict[str, Any] = {
+            "training": set(TrainingSettings.model_fields) - {"batch", "seed"},
+            "engine": _PLACEMENT,
+            **dict.fromkeys(_BESIDES, True),
+        }
+        return self.model_dump(mode="json", exclude=left_out)
+
     @model_validator(mode="after")
-    def _teacher_knows(self) -> Recipe:
+    def _parts_fit(self) -> Recipe:
+        pretrained = self.backbone if isinstance(self.backbone, PretrainedSettings) else None
+        if self.objective.teacher and pretrained:
+            raise ValueError(
+                "objective.teacher is a comparison for native networks: it holds copies of one; "
+                "leave it out, or set backbone to a native network"
+            )
         if self.objective.teacher and self.init == "scratch":
             raise ValueError(
                 "objective.teacher needs trained weights to start from, the teacher's; set init"
+            )
+        samples = self.training.batch * self.engine.gradient_accumulation
+        if samples < self.objective.least_samples:
+            raise ValueError(
+                f"objective.passes=partitioned needs {self.objective.least_samples} samples per "
+                f"worker and optimizer step, one for each role, and training.batch times "
+                f"engine.gradient_accumulation is {samples}; raise one of them"
+            )
+        offload = self.engine.offload_parameters
+        if (offload, self.objective.passes) == ("nvme", "sequential") and not (
+            self.engine.gradient_checkpointing
+        ):
+            raise ValueError(
+                "objective.passes=sequential with engine.offload_parameters=nvme needs "
+                "engine.gradient_checkpointing=true: backward through several passes without it "
+                "holds every parameter in memory"
+            )
+        if offload == "stream":
+            if pretrained is None:
+                raise ValueError(
+                    "engine.offload_parameters=stream needs a pretrained backbone, whose frozen "
+                    "weights are in files; a native network is trained whole"
+                )
+            if pretrained.frozen_bits:
+                raise ValueError(
+                    "backbone.frozen_bits does not go with engine.offload_parameters=stream: "
+                    "weights that are streamed are computed with as they are stored"
+                )
+            if self.training.workers > 1:
+                raise ValueError(
+                    f"engine.offload_parameters=stream is for one worker, and training.workers is "
+                    f"{self.training.workers}; engine.zero_stage=3 shards the weights over several"
+                )
+        if pretrained and pretrained.frozen_bits and self.engine.zero_stage == 3:
+            raise ValueError(
+                "backbone.frozen_bits does not go with engine.zero_stage=3, which cuts up plain "
+                "tensors only; set one of them to another value"
             )
         return self
 

@@ -23,6 +23,24 @@ def test_overrides_reach_their_fields() -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        *[("training.workers=4", True), ("training.gpu=true", True), ("training.minutes=9", True)],
+        *[("training.keep_best=3", True), ("engine.offload_optimizer=cpu", True)],
+        *[("gate.max_psnr_drop_db=1", True), ("evaluation.steps=[1,2]", True), ("data=a/b", True)],
+        *[("training.batch=3", False), ("training.seed=3", False), ("feed.crop=64", False)],
+        *[("engine.zero_stage=3", False), ("engine.learning_rate=1e-3", False)],
+        *[("objective.any_step=1", False), ("init=scratch", False), ("backbone=teasr-xs", False)],
+    ],
+)
+def test_a_run_may_go_on_elsewhere_and_longer_but_is_of_one_recipe(
+    override: str, same: bool
+) -> None:
+    trajectory = load_recipe("quickstart", [override]).trajectory
+    assert (trajectory == load_recipe("quickstart").trajectory) is same
+
+
+@pytest.mark.parametrize(
     ("override", "told"),
     [
         ("engine.zero_stage=4", "engine.zero_stage"),
@@ -38,6 +56,28 @@ def test_a_wrong_field_is_named(override: str, told: str) -> None:
     with pytest.raises(UsageError) as error:
         load_recipe("quickstart", [override])
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["objective.passes=partitioned", "training.batch=1"], "4 samples per worker"),
+        (
+            [
+                "objective.passes=sequential",
+                "engine.zero_stage=3",
+                "engine.offload_parameters=nvme",
+                "engine.nvme_path=/fast",
+            ],
+            "engine.gradient_checkpointing=true",
+        ),
+    ],
+)
+def test_passes_that_do_not_go_with_the_rest_are_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        load_recipe("quickstart", overrides)
+    others = ["engine.gradient_accumulation=4", "engine.gradient_checkpointing=true"]
+    load_recipe("quickstart", [*overrides, *others])
 
 
 def test_an_unknown_recipe_lists_what_exists(tmp_path: Path) -> None:
