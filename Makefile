@@ -4,10 +4,14 @@
 #
 # torch's release is pinned in constraints.txt. For another one, such as a CUDA build:
 #   make quickstart CONSTRAINTS=/dev/null
+#
+# The test files are shared by PROCESSES processes, one core each, each with a Ray of its own:
+#   make unit PROCESSES=4
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -24,7 +28,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # The environment is made anew whenever what it is made from changes.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+SEVERAL_PROCESSES = "PYTEST_XDIST_WORKER" in os.environ
+if SEVERAL_PROCESSES:  # each takes one core; before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the files, those that take minutes are handed out first, so
+    that none of them is begun when the others have nothing left to do."""
+    if SEVERAL_PROCESSES:
+        longest = {item.path for item in items if item.get_closest_marker("journey")}
+        items.sort(key=lambda item: item.path not in longest)
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +61,14 @@ def photo() -> Callable[..., NDArray[np.uint8]]:
         return noisy.clip(0, 255).astype(np.uint8)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose last layer is still zero: it is bicubic."""
+    from teasr.backbones import PRESETS, DualBranchDiT, save_model
+
+    folder = tmp_path_factory.mktemp("untrained")
+    network = DualBranchDiT(PRESETS["teasr-xs"])
+    save_model(network, network.state_dict(), folder)
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import cv2
@@ -19,8 +20,13 @@ LUMA = np.array([0.299, 0.587, 0.114])
 MEASURES = ("psnr", "noise", "sharpness")
 
 
-def crops(count: int, seed: int) -> Iterator[np.ndarray]:
+@functools.cache
+def crops(count: int, seed: int) -> list[np.ndarray]:
     """Textures with the spectrum of photographs, cut by edges of other colours, uint8 RGB."""
+    return list(_crops(count, seed))
+
+
+def _crops(count: int, seed: int) -> Iterator[np.ndarray]:
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:CROP, :CROP]
     frequency = np.hypot(np.fft.fftfreq(CROP)[:, None], np.fft.fftfreq(CROP))

