@@ -238,22 +238,37 @@ def parts_table(one: Estimate) -> Table:
 
 
 def choices_table(planned: Planned, count: int = 8) -> Table:
-    """The best settings that fit, then those that miss by least."""
-    table = Table(title="What else was tried", title_justify="left")
-    for name in ("setting", "device", "host", "read / step", "copied / step", "s / step", "fits"):
-        table.add_column(name, justify="left" if name == "setting" else "right")
+    """The best settings that fit, then those that miss by least; memory in GB."""
+    table = Table(title="Settings that were tried", title_justify="left")
+    table.add_column("setting", overflow="fold")
+    for name in ("GPU", "host", "streamed", "s/step", "fits"):
+        table.add_column(name, justify="right", no_wrap=True)
     for choice in planned.tried[:count]:
         one = choice.estimate
+        moved = one.traffic.disk + one.traffic.link + one.traffic.workers
         table.add_row(
-            " ".join(choice.overrides) or "as given",
-            gigabytes(one.needs["device"]) if one.job.gpu else "-",
-            gigabytes(one.needs["host"]),
-            gigabytes(one.traffic.disk),
-            gigabytes(one.traffic.link + one.traffic.workers),
-            _seconds(one.step_seconds),
+            setting(one.job) if choice.overrides else f"as given: {setting(one.job)}",
+            f"{one.needs['device'] / GB:.1f}" if one.job.gpu else "-",
+            f"{one.needs['host'] / GB:.1f}",
+            f"{moved / GB:.1f}",
+            f"{one.step_seconds:.1f}",
             "yes" if one.fits else "no",
         )
     return table
+
+
+def setting(job: Job) -> str:
+    """Where a job has what, in words."""
+    engine = job.engine
+    words = [f"ZeRO-{engine.zero_stage}"]
+    if engine.offload_parameters != "none":
+        words.append(f"parameters: {engine.offload_parameters}")
+    if engine.offload_optimizer != "none":
+        words.append(f"optimizer: {engine.offload_optimizer}")
+    if job.frozen_bits:
+        words.append(f"{job.frozen_bits} bits")
+    words.append("checkpointing" if engine.gradient_checkpointing else "no checkpointing")
+    return f"{', '.join(words)}, batch {job.batch} x {engine.gradient_accumulation}"
 
 
 def rates(machine: Machine) -> str:

@@ -404,7 +404,7 @@ def _compute_phases(
     Returns:
         What the heap has in the end, whatever is freed.
     """
-    averaged = any(phase.name == "averaged" for phase in rehearsal.phases) and not sheet.gpu
+    averaged = any(phase.name == "averaged" for phase in rehearsal.phases) and rehearsal.heap > 0
     before = max(kept - rehearsal.heap_with_gradients, 0.0) if averaged else 0.0
     for index, phase in enumerate(rehearsal.phases):
         gradients = phase.with_gradients - phase.activations
@@ -748,9 +748,14 @@ class Choice:
 
 def choices(job: Job, machine: Machine) -> list[Choice]:
     """Every setting that is tried, with the same samples per optimizer step: those that fit first,
-    the fastest of them first, among equals the simplest."""
+    the fastest of them first, among equals the simplest; then those that miss by least."""
     found = [Choice(overrides, estimate(changed, machine)) for overrides, changed in _variants(job)]
-    return sorted(found, key=lambda one: (not one.estimate.fits, one.estimate.step_seconds))
+
+    def rank(one: Choice) -> tuple[float, float]:
+        missing = sum(short.need - short.have for short in one.estimate.shortages)
+        return missing, one.estimate.step_seconds
+
+    return sorted(found, key=rank)
 
 
 def _variants(job: Job) -> Iterator[tuple[tuple[str, ...], Job]]:

@@ -130,8 +130,14 @@ class Stage:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of training workers of this Ray."""
-        children = psutil.Process(self.ray.pid).children(recursive=True)
-        return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+        def trains(process: psutil.Process) -> bool:
+            try:
+                return "RayTrainWorker" in " ".join(process.cmdline())
+            except psutil.Error:  # it has ended meanwhile
+                return False
+
+        return list(filter(trains, psutil.Process(self.ray.pid).children(recursive=True)))
 
 
 @pytest.fixture(scope="module")
