@@ -5,7 +5,8 @@
 # torch's release is pinned in constraints.txt. For another one, such as a CUDA build:
 #   make quickstart CONSTRAINTS=/dev/null
 #
-# The test files are shared by PROCESSES processes, one core each, each with a Ray of its own:
+# Short tests are shared by PROCESSES processes, one core each; long ones, which start several
+# processes themselves, follow one after the other:
 #   make unit PROCESSES=4
 
 PYTHON ?= python3
@@ -28,7 +29,8 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not journey" -n $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m journey
 
 # The environment is made anew whenever what it is made from changes.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

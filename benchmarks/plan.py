@@ -1,6 +1,6 @@
 """The planner against what is measured: peaks of real training steps on this machine's CPU.
 
-    python benchmarks/plan.py [--only NAME,...]
+    [MALLOC_MMAP_THRESHOLD_=65536] python benchmarks/plan.py [--only "NAME;..."]
 
 Each configuration runs two optimizer steps in a process of its own: the real engine (DeepSpeed,
 or a streamed base), the real objective with LPIPS, random pictures. Its anonymous memory (RssAnon)

@@ -11,17 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-SEVERAL_PROCESSES = "PYTEST_XDIST_WORKER" in os.environ
-if SEVERAL_PROCESSES:  # each takes one core; before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # each takes one core; before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the files, those that take minutes are handed out first, so
-    that none of them is begun when the others have nothing left to do."""
-    if SEVERAL_PROCESSES:
-        longest = {item.path for item in items if item.get_closest_marker("journey")}
-        items.sort(key=lambda item: item.path not in longest)
 
 
 @pytest.fixture(scope="session")
