@@ -53,24 +53,10 @@ from teasr.engine import Engine, EngineSettings
 from teasr.errors import TeasrError
 from teasr.lpips import Lpips, find_weights
 from teasr.objective import Objective, ObjectiveSettings
+from teasr.rehearsal import AUTOENCODERS, LAYERS
 from teasr.streaming import StreamedBase, StreamedEngine, write_random
 
 GIB = 2**30
-LAYERS = {"qwen-image": "num_layers", "z-image": "n_layers"}
-AUTOENCODERS: dict[str, dict[str, Any]] = {
-    "qwen-image": {},
-    "z-image": {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-}
 BYTES_PER_TRAINED = {"bfloat16 weight": 2, "gradient": 2, "float32 master": 4, "moments": 8}
 
 

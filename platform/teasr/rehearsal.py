@@ -65,9 +65,10 @@ HEAP_HOLES = 0.25
 """Holes between a heap's pieces over the pieces: 0.20, 0.25 and 0.37 were measured in three runs of
 `teasr-s` (`benchmarks/plan.py`)."""
 
-_LAYERS = {"qwen-image": "num_layers", "z-image": "n_layers"}
+LAYERS = {"qwen-image": "num_layers", "z-image": "n_layers"}
+"""What the number of blocks is called in a transformer's settings."""
 _VGG = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-_AUTOENCODERS: dict[str, dict[str, Any]] = {
+AUTOENCODERS: dict[str, dict[str, Any]] = {
     "qwen-image": {},
     "z-image": {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -320,7 +321,7 @@ def depth_of(shape: Shape) -> int:
     """Blocks that are alike."""
     if isinstance(shape, DiTSettings):
         return shape.depth
-    name = _LAYERS[shape.kind]
+    name = LAYERS[shape.kind]
     published = inspect.signature(_diffusers_class(KINDS[shape.kind].transformer)).parameters
     return int(dict(shape.config).get(name) or published[name].default)
 
@@ -329,7 +330,7 @@ def with_depth(shape: Shape, depth: int) -> Shape:
     """The same network with another number of blocks."""
     if isinstance(shape, DiTSettings):
         return shape.model_copy(update={"depth": depth})
-    config = {**dict(shape.config), _LAYERS[shape.kind]: depth}
+    config = {**dict(shape.config), LAYERS[shape.kind]: depth}
     return replace(shape, config=tuple(config.items()))
 
 
@@ -355,7 +356,7 @@ def codec_of(shape: Shape, dtype: torch.dtype) -> Codec:
     known = inspect.signature(made.__init__).parameters
     # As config.json has them: diffusers concatenates some of these lists.
     stored = {k: list(v) if isinstance(v, tuple) else v for k, v in shape.autoencoder}
-    settings = {**_AUTOENCODERS[shape.kind], **stored}
+    settings = {**AUTOENCODERS[shape.kind], **stored}
     with _quietly(), torch.device("meta"):
         autoencoder = made(**{k: v for k, v in settings.items() if k in known}).to(dtype)
     return spec.codec(autoencoder)
