@@ -32,7 +32,7 @@ from teasr.backbones import (
 from teasr.backbones.folder import NATIVE, read_description
 from teasr.backbones.pretrained import fingerprint, prepare_pretrained
 from teasr.dmd import TeacherStudent
-from teasr.engine import Engine
+from teasr.engine import Engine, give_back_freed_memory
 from teasr.errors import TeasrError, UsageError
 from teasr.streaming import StreamedBase, StreamedEngine
 
@@ -173,6 +173,7 @@ def _pretrained(recipe: Recipe, backbone: PretrainedSettings, init: Path | None)
     settings = recipe.engine
     streamed = settings.offload_parameters == "stream"
     gpu = torch.cuda.is_available()
+    give_back_freed_memory()
     cache = _cache()
     with _in_turn(cache):
         prepare_pretrained(backbone, cache)

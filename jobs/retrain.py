@@ -228,9 +228,10 @@ def _is_usable(url: str, min_side: int) -> bool:
 
 
 def _learning(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that decides what is learned."""
-    fields = {"backbone", "init", "lpips", "feed", "objective", "engine", "training"}
-    return recipe.model_dump(mode="json", include=fields)
+    """The part of a recipe that decides what is learned: a run that goes on elsewhere, with more
+    workers or other offloads, is the same run."""
+    length = recipe.training.model_dump(mode="json", include={"minutes", "steps"})
+    return {**recipe.trajectory, **length}
 
 
 def _fingerprint(dataset: str) -> str:

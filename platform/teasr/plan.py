@@ -67,7 +67,7 @@ OPTIMIZER_BYTES = 60
 """Bytes that AdamW moves through memory per element, operation by operation."""
 HEAP_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 """Set to 65536 it leaves hardly a heap (see `teasr.rehearsal`): memory on a CPU is what is
-alive."""
+alive. Of pretrained backbones that is so without it (`teasr.engine.give_back_freed_memory`)."""
 CLEARLY = 1.1
 """A run is refused when it needs this many times the memory there is."""
 
@@ -233,7 +233,7 @@ class Job:
             lpips=self.lpips and self.objective.pixel_lpips > 0,
             averaged=self.engine.ema_decay > 0,
             gradient_checkpointing=self.engine.gradient_checkpointing,
-            heap=not self.gpu and HEAP_VARIABLE not in os.environ,
+            heap=not (self.gpu or self.pretrained or HEAP_VARIABLE in os.environ),
         )
 
 

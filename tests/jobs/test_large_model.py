@@ -15,7 +15,6 @@ import torch
 from mlflow import MlflowClient
 from numpy.typing import NDArray
 
-from jobs import cli
 from teasr import registry, tracking
 from teasr.backbones import load_model
 from teasr.backbones.branch_lora import LORA_FILE
@@ -39,25 +38,6 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, root in made.items():
         model_folder(kind, root)
     return made
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """`run(arguments...)` -> (exit code, stdout, stderr), in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TEASR_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["teasr", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def by_hand(root: Path, lr: NDArray[np.uint8], **settings: int) -> NDArray[np.uint8]:
