@@ -421,10 +421,10 @@ def promote(
     """Put a version through the gate; when it passes, it becomes the champion."""
     root = _home(home)
     from jobs.recipe import load_recipe
-    from teasr import registry, tracking
+    from teasr import promotion, tracking
 
     gate = load_recipe(recipe).gate if recipe else None
-    result = registry.promote(tracking.connect(root), name, version, gate, dry_run)
+    result = promotion.promote(tracking.connect(root), name, version, gate, dry_run)
     assert result.verdict is not None
     for check in result.verdict.checks:
         mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]-[/]"}[check.passed]
@@ -454,9 +454,9 @@ def rollback(
 ) -> None:
     """Make the previous champion the champion again; recorded like a promotion."""
     root = _home(home)
-    from teasr import registry, tracking
+    from teasr import promotion, tracking
 
-    result = registry.rollback(tracking.connect(root), name, to, dry_run)
+    result = promotion.rollback(tracking.connect(root), name, to, dry_run)
     verb = "would become" if dry_run else "is"
     say(f"version {result.version} of '{name}' {verb} the champion (was: {result.replaced})")
     suggest(f"teasr history {name}")
@@ -472,11 +472,11 @@ def history(
     root = _home(home)
     from rich.table import Table
 
-    from teasr import registry, tracking
+    from teasr import lineage, promotion, registry, tracking
 
     client = tracking.connect(root)
     if version is not None:
-        details = registry.version_details(client, name, version)
+        details = lineage.version_details(client, name, version)
         for key, value in vars(details).items():
             console.print(f"{key:>10}  {value}")
         return
@@ -496,7 +496,7 @@ def history(
         title="Promotions",
         title_justify="left",
     )
-    for record in registry.history(client, name):
+    for record in promotion.history(client, name):
         records.add_row(
             record.at[:16].replace("T", " "),
             record.action,

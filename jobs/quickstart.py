@@ -18,7 +18,7 @@ from typing import Any
 from jobs.recipe import Recipe
 from jobs.retrain import Retrained, retrain
 from jobs.steps import Steps
-from teasr import registry
+from teasr import promotion, registry
 from teasr.backbones import load_model
 from teasr.errors import TeasrError, UsageError
 from teasr.images import decode
@@ -65,7 +65,7 @@ def quickstart(recipe: Recipe, home: Path) -> Quickstarted:
     retrained = retrain(recipe, home)
     steps = Steps(home / "steps" / recipe.model)
     client = connect(home)
-    champion = registry.champion_version(client, recipe.model)
+    champion = promotion.champion_version(client, recipe.model)
     if champion is None:
         raise TeasrError(
             f"No version of '{recipe.model}' passed the gate, so there is nothing to serve.",

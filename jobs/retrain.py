@@ -27,7 +27,7 @@ from jobs.recipe import Recipe
 from jobs.steps import Steps
 from pipelines.ingest import MOST_SHRINK, file_stamps, ingest, is_picture
 from pipelines.synthesize import synthesize
-from teasr import registry, tracking
+from teasr import promotion, registry, tracking
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import BICUBIC, Evaluation, system_name
 from teasr.images import decode
@@ -138,12 +138,12 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
     version = steps.run("register", measured_on, register)["version"]
 
     def through_gate() -> dict[str, Any]:
-        promotion = registry.promote(client, recipe.model, version, recipe.gate)
-        failed = [check.detail for check in promotion.verdict.checks if check.passed is False]
+        outcome = promotion.promote(client, recipe.model, version, recipe.gate)
+        failed = [check.detail for check in outcome.verdict.checks if check.passed is False]
         return {
-            "promoted": promotion.promoted,
+            "promoted": outcome.promoted,
             "summary": f"version {version} is the champion"
-            if promotion.promoted
+            if outcome.promoted
             else f"version {version} was refused: {'; '.join(failed)}",
         }
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from teasr import registry, tracking
+from teasr import promotion, registry, tracking
 from teasr.backbones.dit import PRESETS, DualBranchDiT
 from teasr.backbones.folder import load_model, save_model
 from teasr.errors import TeasrError, UsageError
@@ -127,7 +127,7 @@ def test_the_champion_is_served(
     uri = registry.log_model(client, run, weights)
     scores = {"bicubic": {"p": Scores(20, 0.5, None)}, "1 step": {"p": Scores(21, 0.5, None)}}
     registry.register(client, run, uri, "teasr", Evaluation("bench", scores), {})
-    registry.promote(client, "teasr")
+    promotion.promote(client, "teasr")
 
     data = picture(photo)
     with ScoringServer("models:/teasr@champion", client=client) as server:

@@ -1,10 +1,8 @@
-"""Versions of models, what is live, and the record of how it became so. Over MLflow's registry.
+"""Versions of models and where their weights are. Over MLflow's registry.
 
 A version's weights are safetensors and JSON inside a pyfunc model that is text (no pickle). Of a
 pretrained backbone they are what was trained, with a reference to the frozen base, never the base
-itself. Aliases say what a version is: `challenger`, `champion`, `previous`. The registry forgets
-what was live, so every promotion, refusal and rollback is a run of its own in the experiment
-`teasr-promotions`.
+itself. A new version has the alias `challenger`; what becomes of it is in `teasr.promotion`.
 
 MLflow takes seconds to import and is imported on use only.
 """
@@ -12,18 +10,17 @@ MLflow takes seconds to import and is imported on use only.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import hashlib
 import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -32,19 +29,16 @@ import yaml
 from teasr.backbones.folder import DESCRIPTION_FILE, base_of, built_in_models, model_files
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import Evaluation, summary_rows
-from teasr.gate import GateSettings, Verdict, decide
-from teasr.tracking import connect, experiment_id, git_commit, home, keep_mlflow_quiet, store_exists
+from teasr.tracking import connect, git_commit, home, keep_mlflow_quiet, store_exists
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import Model, ModelSignature
 
 CHALLENGER = "challenger"
-CHAMPION = "champion"
-PREVIOUS = "previous"
-PROMOTIONS = "teasr-promotions"
+TURNS = ".turns"
+"""How the name of what is no model ends: the queue of changes of one, see `teasr.promotion`."""
 EVALUATION_FILE = "evaluation.json"
 
 _LOADER = "mlflow.pyfunc.loaders.code_model"
@@ -59,80 +53,6 @@ _REQUIRED = (
     "opencv-python-headless",
 )
 _REQUIRED_BY_PRETRAINED = ("diffusers",)
-
-Action = Literal["promote", "rollback"]
-State = Literal["done", "refused", "interrupted", "unfinished"]
-
-
-@dataclass
-class Record:
-    """One promotion, refusal or rollback.
-
-    Attributes:
-        version: that became champion, or would have.
-        replaced: the champion until then; None for the first.
-        verdict: `passed`, `refused`, or `none` for a rollback, which asks no gate.
-        at: UTC, ISO 8601.
-        run_id: of the run that holds `verdict.json` and `verdict.md`.
-        state: `done`; `refused`; `interrupted` before anything changed; `unfinished`: under way, or
-            cut off so recently that no later promotion or rollback has settled it.
-    """
-
-    model: str
-    version: int
-    replaced: int | None
-    action: Action
-    verdict: str
-    by: str
-    at: str
-    run_id: str
-    state: State
-
-
-@dataclass
-class Promotion:
-    """Outcome of `promote` or `rollback`.
-
-    Attributes:
-        promoted: the champion is now `version`. False when the gate refused, or for a dry run.
-        replaced: the champion before; None for the first.
-        verdict: the gate's; None for a rollback.
-        record: id of the promotion record's run; None for a dry run.
-    """
-
-    model: str
-    version: int
-    replaced: int | None
-    promoted: bool
-    verdict: Verdict | None
-    record: str | None
-
-
-@dataclass
-class VersionDetails:
-    """Where a version came from.
-
-    Attributes:
-        aliases: such as `champion`.
-        run_id: of the training.
-        dataset, benchmark: fingerprints.
-        tags: the version's other tags that teasr wrote (`recipe`, ...).
-        metrics: means by system, then metric; empty without an evaluation.
-        created: UTC, ISO 8601.
-    """
-
-    model: str
-    version: int
-    aliases: list[str]
-    run_id: str
-    dataset: str | None
-    benchmark: str | None
-    commit: str | None
-    recipe: str | None
-    created: str
-    tags: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
-
 
 # ---------------------------------------------------------------- models in
 
@@ -294,7 +214,7 @@ def register(
     """
     from mlflow.exceptions import MlflowException
 
-    if not re.fullmatch(r"[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+", name) or name.endswith(TURNS):
         raise UsageError(
             f"'{name}' cannot be a model's name.", "Use letters, digits, '.', '_' and '-'."
         )
@@ -414,254 +334,17 @@ def checked_weights(found: Found) -> Path:
     return weights
 
 
-def version_details(client: MlflowClient, name: str, version: int) -> VersionDetails:
-    """Where version `version` of `name` came from (`UsageError` when there is none)."""
-    found = _version(client, name, version)
-    tags = {
-        key.removeprefix("teasr."): value
-        for key, value in found.tags.items()
-        if key.startswith("teasr.")
-    }
-    noted_benchmark = tags.pop("benchmark", None)
-    evaluation = _evaluation_of(client, found)  # may have been made anew since
-    return VersionDetails(
-        model=name,
-        version=version,
-        aliases=sorted(alias for alias, held in _aliases(client, name).items() if held == version),
-        run_id=found.run_id or "",
-        dataset=tags.pop("dataset", None),
-        benchmark=evaluation.benchmark if evaluation else noted_benchmark,
-        commit=tags.pop("commit", None),
-        recipe=tags.pop("recipe", None),
-        created=_iso(found.creation_timestamp),
-        tags=tags,
-        metrics=dict(summary_rows(evaluation)) if evaluation else {},
-    )
-
-
 def list_versions(client: MlflowClient, name: str) -> dict[int, list[str]]:
     """Aliases by version, newest version first (`UsageError` for an unknown model)."""
-    aliases = _aliases(client, name)
+    aliases = aliases_of(client, name)
     versions = sorted((int(v.version) for v in _versions(client, name)), reverse=True)
     return {v: sorted(alias for alias, held in aliases.items() if held == v) for v in versions}
-
-
-# ---------------------------------------------------------------- what is live
-
-
-def promote(
-    client: MlflowClient,
-    name: str,
-    version: int | None = None,
-    gate: GateSettings | None = None,
-    dry_run: bool = False,
-    by: str | None = None,
-) -> Promotion:
-    """Ask the gate, and make `version` the champion when it passes. Recorded either way.
-
-    The record is written first, as a run that is still RUNNING. Moving the alias `champion` is the
-    one step that counts: cut off before it, nothing has changed; after it, the promotion is done
-    and only its tail is missing (`previous`, the record's end), which the next `promote` or
-    `rollback` writes.
-
-    Args:
-        version: default: the `challenger`.
-        gate: default: `GateSettings()`.
-        dry_run: ask the gate and write nothing.
-        by: who promotes; default: the user of this process.
-
-    Raises:
-        UsageError: unknown model or version, no challenger, or the champion already.
-        TeasrError: when a version has no evaluation, or the champion changed meanwhile.
-    """
-    aliases = _aliases(client, name)
-    if not dry_run:
-        _settle(client, name, aliases)
-    if version is None:
-        if CHALLENGER not in aliases:
-            raise UsageError(f"'{name}' has no challenger.", _versions_for_people(client, name))
-        version = aliases[CHALLENGER]
-    candidate = _version(client, name, version)
-    champion = aliases.get(CHAMPION)
-    if version == champion:
-        raise UsageError(
-            f"Version {version} of '{name}' is the champion.", _versions_for_people(client, name)
-        )
-    opponent = None
-    if champion is not None:
-        opponent = _required_evaluation(client, _version(client, name, champion))
-    verdict = decide(_required_evaluation(client, candidate), opponent, gate or GateSettings())
-    outcome = Promotion(name, version, champion, False, verdict, None)
-    if dry_run:
-        return outcome
-    record = outcome.record = _open_record(client, outcome, "promote", by)
-    if verdict.passed:
-        _move_champion(client, outcome, record)
-    client.set_terminated(record, "FINISHED")
-    return outcome
-
-
-def rollback(
-    client: MlflowClient,
-    name: str,
-    to: int | None = None,
-    dry_run: bool = False,
-    by: str | None = None,
-) -> Promotion:
-    """Make the `previous` champion (or version `to`) the champion again; no gate is asked.
-
-    Recorded, and safe to interrupt, as `promote`. A second rollback undoes the first.
-
-    Raises:
-        UsageError: unknown model or version, or nothing to go back to.
-    """
-    aliases = _aliases(client, name)
-    aliases = _settle(client, name, aliases, write=not dry_run)
-    version = aliases.get(PREVIOUS) if to is None else to
-    champion = aliases.get(CHAMPION)
-    if version is None or champion is None:
-        raise UsageError(
-            f"'{name}' has no previous champion to go back to.", _versions_for_people(client, name)
-        )
-    _version(client, name, version)
-    if version == champion:
-        raise UsageError(
-            f"Version {version} of '{name}' is the champion.", _versions_for_people(client, name)
-        )
-    outcome = Promotion(name, version, champion, False, None, None)
-    if dry_run:
-        return outcome
-    record = outcome.record = _open_record(client, outcome, "rollback", by)
-    _move_champion(client, outcome, record)
-    client.set_terminated(record, "FINISHED")
-    return outcome
-
-
-def history(client: MlflowClient, name: str) -> list[Record]:
-    """Every promotion, refusal and rollback of `name`, newest first.
-
-    Raises:
-        UsageError: for an unknown model.
-    """
-    _aliases(client, name)
-    return [_record(run) for run in _record_runs(client, name)]
-
-
-def champion_version(client: MlflowClient, name: str) -> int | None:
-    """The version that is live, or None (`UsageError` for an unknown model)."""
-    return _aliases(client, name).get(CHAMPION)
-
-
-# ---------------------------------------------------------------- records
-
-
-def _open_record(client: MlflowClient, outcome: Promotion, action: Action, by: str | None) -> str:
-    verdict = outcome.verdict
-    tags = {
-        "teasr.model": outcome.model,
-        "teasr.version": str(outcome.version),
-        "teasr.replaced": "" if outcome.replaced is None else str(outcome.replaced),
-        "teasr.verdict": "none" if verdict is None else "passed" if verdict.passed else "refused",
-        "teasr.by": by or _user(),
-        "teasr.action": action,
-        "teasr.at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    run = client.create_run(
-        experiment_id(client, PROMOTIONS),
-        tags=tags,
-        run_name=f"{action} {outcome.model} version {outcome.version}",
-    )
-    run_id = str(run.info.run_id)
-    if verdict is not None:
-        client.log_text(run_id, verdict.to_json(), "verdict.json")
-        client.log_text(run_id, verdict.to_markdown(), "verdict.md")
-    return run_id
-
-
-def _move_champion(client: MlflowClient, outcome: Promotion, record: str) -> None:
-    name = outcome.model
-    if champion_version(client, name) != outcome.replaced:
-        client.set_terminated(record, "KILLED")
-        raise TeasrError(
-            f"The champion of '{name}' changed meanwhile; nothing was done.", "Run it again."
-        )
-    client.set_registered_model_alias(name, CHAMPION, str(outcome.version))
-    if outcome.replaced is not None:
-        client.set_registered_model_alias(name, PREVIOUS, str(outcome.replaced))
-    outcome.promoted = True
-
-
-def _settle(
-    client: MlflowClient, name: str, aliases: dict[str, int], write: bool = True
-) -> dict[str, int]:
-    """Finish what an interrupted promotion or rollback left; returns the aliases as they then are.
-
-    The alias `champion` tells whether it was done: its record names the version it was to be.
-    """
-    runs = [run for run in _record_runs(client, name) if run.info.status == "RUNNING"]
-    for run in reversed(runs):
-        record = _record(run)
-        done = record.verdict != "refused" and aliases.get(CHAMPION) == record.version
-        if done and record.replaced is not None:
-            aliases = {**aliases, PREVIOUS: record.replaced}
-            if write:
-                client.set_registered_model_alias(name, PREVIOUS, str(record.replaced))
-        if write:
-            finished = done or record.verdict == "refused"
-            client.set_terminated(record.run_id, "FINISHED" if finished else "KILLED")
-    return aliases
-
-
-def _record_runs(client: MlflowClient, name: str) -> list[Run]:
-    """The record runs of `name`, newest first."""
-    experiment = client.get_experiment_by_name(PROMOTIONS)
-    if experiment is None:
-        return []
-    runs: list[Run] = []
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment.experiment_id],
-            filter_string=f"tags.`teasr.model` = '{name}'",
-            order_by=["attributes.start_time DESC"],
-            page_token=token,
-        )
-        runs += page
-        token = page.token
-        if not token:
-            return runs
-
-
-def _record(run: Run) -> Record:
-    tags = run.data.tags
-    states: dict[str, State] = {"FINISHED": "done", "RUNNING": "unfinished"}
-    state = states.get(run.info.status, "interrupted")
-    if state == "done" and tags["teasr.verdict"] == "refused":
-        state = "refused"
-    return Record(
-        model=tags["teasr.model"],
-        version=int(tags["teasr.version"]),
-        replaced=int(tags["teasr.replaced"]) if tags["teasr.replaced"] else None,
-        action="rollback" if tags["teasr.action"] == "rollback" else "promote",
-        verdict=tags["teasr.verdict"],
-        by=tags["teasr.by"],
-        at=tags["teasr.at"],
-        run_id=run.info.run_id,
-        state=state,
-    )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return "unknown"
 
 
 # ---------------------------------------------------------------- versions and evaluations
 
 
-def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
+def aliases_of(client: MlflowClient, name: str) -> dict[str, int]:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -673,7 +356,7 @@ def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
     return {alias: int(version) for alias, version in found.aliases.items()}
 
 
-def _version(client: MlflowClient, name: str, version: int) -> ModelVersion:
+def version_of(client: MlflowClient, name: str, version: int) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -682,7 +365,7 @@ def _version(client: MlflowClient, name: str, version: int) -> ModelVersion:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise UsageError(
-            f"'{name}' has no version {version}.", _versions_for_people(client, name)
+            f"'{name}' has no version {version}.", versions_for_people(client, name)
         ) from None
 
 
@@ -696,7 +379,7 @@ def _versions(client: MlflowClient, name: str) -> Iterator[ModelVersion]:
             return
 
 
-def _versions_for_people(client: MlflowClient, name: str) -> str:
+def versions_for_people(client: MlflowClient, name: str) -> str:
     shown = [
         f"{version} ({', '.join(aliases)})" if aliases else str(version)
         for version, aliases in list_versions(client, name).items()
@@ -707,6 +390,8 @@ def _versions_for_people(client: MlflowClient, name: str) -> str:
 def _registered(client: MlflowClient) -> str:
     shown = []
     for model in client.search_registered_models(max_results=50):
+        if model.name.endswith(TURNS):
+            continue
         aliases = [f"@{alias} = {version}" for alias, version in sorted(model.aliases.items())]
         shown.append(f"{model.name} ({', '.join(aliases)})" if aliases else model.name)
     return f"Registered: {', '.join(shown) or 'none'}."
@@ -723,7 +408,7 @@ def _what_exists(client: MlflowClient | None) -> str:
     return f"{built_in} {registered} Or give a folder, models:/NAME@ALIAS or models:/NAME/VERSION."
 
 
-def _evaluation_of(client: MlflowClient, version: ModelVersion) -> Evaluation | None:
+def evaluation_of(client: MlflowClient, version: ModelVersion) -> Evaluation | None:
     from mlflow.exceptions import MlflowException
 
     if not version.run_id:
@@ -741,8 +426,8 @@ def _evaluation_of(client: MlflowClient, version: ModelVersion) -> Evaluation | 
         return Evaluation.from_json(Path(path).read_text())
 
 
-def _required_evaluation(client: MlflowClient, version: ModelVersion) -> Evaluation:
-    evaluation = _evaluation_of(client, version)
+def required_evaluation(client: MlflowClient, version: ModelVersion) -> Evaluation:
+    evaluation = evaluation_of(client, version)
     if evaluation is None:
         raise TeasrError(
             f"Version {version.version} of '{version.name}' has no evaluation to judge by.",
@@ -819,18 +504,16 @@ def _find_version(client: MlflowClient, uri: str) -> Found:
         raise UsageError(
             f"'{uri}' names no version.",
             f"Write models:/{name}@ALIAS or models:/{name}/VERSION. "
-            f"{_versions_for_people(client, name)}",
+            f"{versions_for_people(client, name)}",
         )
-    aliases = _aliases(client, name)
+    aliases = aliases_of(client, name)
     if alias:
         if rest or alias not in aliases:
-            raise UsageError(
-                f"'{name}' has no alias '{alias}'.", _versions_for_people(client, name)
-            )
+            raise UsageError(f"'{name}' has no alias '{alias}'.", versions_for_people(client, name))
         rest = str(aliases[alias])
     if not rest.isdigit():
-        raise UsageError(f"'{rest}' is not a version.", _versions_for_people(client, name))
-    version = _version(client, name, int(rest))
+        raise UsageError(f"'{rest}' is not a version.", versions_for_people(client, name))
+    version = version_of(client, name, int(rest))
     label = f"{name} version {version.version}"
     if version.source and version.source.startswith("models:/m-"):
         return Found(label, *_whereabouts(_logged_model(client, version.source)))
@@ -864,5 +547,5 @@ def _logged_model(client: MlflowClient, uri: str) -> Any:
     raise UsageError(f"There is no model '{uri}'.", f"Models of the run: {shown}.")
 
 
-def _iso(milliseconds: int | None) -> str:
+def iso_time(milliseconds: int | None) -> str:
     return datetime.fromtimestamp((milliseconds or 0) / 1000, UTC).isoformat(timespec="seconds")

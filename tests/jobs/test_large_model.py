@@ -15,7 +15,7 @@ import torch
 from mlflow import MlflowClient
 from numpy.typing import NDArray
 
-from teasr import registry, tracking
+from teasr import lineage, promotion, registry, tracking
 from teasr.backbones import load_model
 from teasr.backbones.branch_lora import LORA_FILE
 from teasr.backbones.folder import BASE_VARIABLE, DESCRIPTION_FILE, model_files
@@ -151,7 +151,7 @@ def test_a_champion_is_adapters_and_a_reference(
     (root / "model" / "optimizer.pt").unlink()
     scores = {"bicubic": {"p": Scores(20, 0.5, None)}, "1 step": {"p": Scores(21, 0.5, None)}}
     assert registry.register(client, run_id, uri, "large", Evaluation("bench", scores), {}) == 1
-    assert registry.promote(client, "large").promoted
+    assert promotion.promote(client, "large").promoted
 
     stored = registry.find("models:/large@champion", client).fetch()
     artifacts = stored / "artifacts"
@@ -163,7 +163,7 @@ def test_a_champion_is_adapters_and_a_reference(
     ]
     assert sizes[0] < sizes[1] / 4
     assert "diffusers==" in (stored / "requirements.txt").read_text()
-    tags = registry.version_details(client, "large", 1).tags
+    tags = lineage.version_details(client, "large", 1).tags
     assert tags["base"] == str(root / "base") and len(tags["base_fingerprint"]) == 16
 
     lr = photo(10, 12)

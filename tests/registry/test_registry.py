@@ -1,8 +1,7 @@
-"""Versions, promotion and its record, on a real MLflow store."""
+"""Versions and their weights, on a real MLflow store."""
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import shutil
 from collections.abc import Callable
@@ -13,77 +12,21 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from test_tracking import mlflow_server
 
-from teasr import registry, tracking
-from teasr.backbones.dit import PRESETS, DualBranchDiT
-from teasr.backbones.folder import load_model, save_model
+from teasr import lineage, promotion, registry, tracking
+from teasr.backbones.dit import PRESETS
+from teasr.backbones.folder import load_model
 from teasr.errors import TeasrError, UsageError
-from teasr.evaluation import Evaluation
-from teasr.gate import GateSettings, Verdict
-from teasr.metrics import Scores
 from tests.ports import free_port
-
-_names = (f"model-{i}" for i in itertools.count())
-
-
-def evaluation(gain: float, benchmark: str = "bench-1") -> Evaluation:
-    """`gain` dB above bicubic at one step, on ten pictures."""
-
-    def at(rise: float) -> dict[str, Scores]:
-        return {f"p{i}": Scores(20.0 + i + rise, 0.6, None) for i in range(10)}
-
-    return Evaluation(benchmark, {"bicubic": at(0), "1 step": at(gain)})
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    settings = PRESETS["teasr-xs"]
-    network = DualBranchDiT(settings)
-    save_model(network, network.state_dict(), folder)
-    (folder / "notes.txt").write_text("what else lies in a checkpoint's folder")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return tracking.connect(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture
-def name() -> str:
-    """A model's name that no other test uses."""
-    return next(_names)
-
-
-@pytest.fixture
-def add(client: MlflowClient, weights: Path, name: str) -> Callable[..., int]:
-    """`add(gain)` trains, evaluates and registers the next version of `name`."""
-
-    def one(gain: float, benchmark: str = "bench-1", **tags: str) -> int:
-        run = client.create_run(tracking.experiment_id(client, "trainings")).info.run_id
-        uri = registry.log_model(client, run, weights)
-        return registry.register(client, run, uri, name, evaluation(gain, benchmark), tags)
-
-    return one
-
-
-def live(client: MlflowClient, name: str) -> tuple[int | None, int | None]:
-    """Champion and previous champion."""
-    aliases = client.get_registered_model(name).aliases
-    champion, previous = aliases.get("champion"), aliases.get("previous")
-    return champion and int(champion), previous and int(previous)
+from tests.registry.figures import evaluation
+from tests.test_tracking import mlflow_server
 
 
 def test_a_version_can_be_explained(
     client: MlflowClient, add: Callable[..., int], name: str
 ) -> None:
     assert add(1.0, dataset="data-7", recipe="recipes/a.yaml", commit="abc") == 1
-    details = registry.version_details(client, name, 1)
+    details = lineage.version_details(client, name, 1)
     assert (details.dataset, details.benchmark, details.commit, details.recipe) == (
         "data-7",
         "bench-1",
@@ -108,7 +51,7 @@ def test_registering_again_makes_no_second_version(
     for tags in ({}, {"dataset": "data-8"}):
         assert registry.register(client, run, uri, name, evaluation(1), tags) == 1
     assert registry.list_versions(client, name) == {1: ["challenger"]}
-    assert registry.version_details(client, name, 1).dataset == "data-8"
+    assert lineage.version_details(client, name, 1).dataset == "data-8"
 
 
 def test_a_model_is_text_and_safetensors_with_its_own_code(
@@ -143,7 +86,7 @@ def test_every_way_to_name_a_model_leads_to_the_same_weights(
     client: MlflowClient, weights: Path, add: Callable[..., int], name: str
 ) -> None:
     add(1.0)
-    run = registry.version_details(client, name, 1).run_id
+    run = lineage.version_details(client, name, 1).run_id
     for uri in (f"models:/{name}/1", f"models:/{name}@challenger", f"runs:/{run}/model"):
         found = registry.resolve(uri, client)
         assert (found / "model.safetensors").read_bytes() == (
@@ -171,77 +114,9 @@ def test_what_does_not_exist_is_answered_with_what_does(
     }.items():
         with pytest.raises(UsageError, match=said):
             registry.resolve(uri, client)
-    for call in (registry.promote, registry.rollback, registry.history, registry.list_versions):
+    for call in (promotion.promote, promotion.rollback, promotion.history, registry.list_versions):
         with pytest.raises(UsageError, match=rf"No model 'nobody' is registered.*{name}"):
             call(client, "nobody")
-
-
-def test_promote_rollback_history(client: MlflowClient, add: Callable[..., int], name: str) -> None:
-    add(1.0)
-    first = registry.promote(client, name, by="ann")
-    assert (first.promoted, first.version, first.replaced) == (True, 1, None)
-    add(1.5)
-    second = registry.promote(client, name, by="ann")
-    assert (second.promoted, second.version, second.replaced) == (True, 2, 1)
-    assert live(client, name) == (2, 1)
-
-    back = registry.rollback(client, name, by="bob")
-    assert (back.promoted, back.version, back.replaced, back.verdict) == (True, 1, 2, None)
-    assert live(client, name) == (1, 2)
-    registry.rollback(client, name, by="bob")  # a second one undoes the first
-    assert live(client, name) == (2, 1)
-
-    records = registry.history(client, name)
-    assert [(r.action, r.version, r.replaced, r.by, r.state) for r in records] == [
-        ("rollback", 2, 1, "bob", "done"),
-        ("rollback", 1, 2, "bob", "done"),
-        ("promote", 2, 1, "ann", "done"),
-        ("promote", 1, None, "ann", "done"),
-    ]
-    assert records[2].run_id == second.record
-    path = client.download_artifacts(second.record, "verdict.json")
-    assert Verdict.from_json(Path(path).read_text()) == second.verdict
-
-
-def test_refused_changes_nothing_and_is_recorded(
-    client: MlflowClient, add: Callable[..., int], name: str
-) -> None:
-    add(1.0)
-    registry.promote(client, name)
-    add(0.5)
-    refused = registry.promote(client, name)
-    assert not refused.promoted and refused.verdict is not None and not refused.verdict.passed
-    assert live(client, name) == (1, None)
-    newest = registry.history(client, name)[0]
-    assert (newest.version, newest.verdict, newest.state) == (2, "refused", "refused")
-    # The rules are the caller's.
-    assert registry.promote(client, name, gate=GateSettings(max_psnr_drop_db=1)).promoted
-
-
-def test_dry_run_writes_nothing(client: MlflowClient, add: Callable[..., int], name: str) -> None:
-    add(1.0)
-    outcome = registry.promote(client, name, dry_run=True)
-    assert outcome.verdict is not None and outcome.verdict.passed and not outcome.promoted
-    assert live(client, name) == (None, None)
-    assert registry.history(client, name) == []
-
-
-def test_requests_that_make_no_sense(
-    client: MlflowClient, add: Callable[..., int], name: str
-) -> None:
-    client.create_registered_model(name)
-    with pytest.raises(UsageError, match=r"no challenger\. Versions: none"):
-        registry.promote(client, name)
-    add(1.0)
-    with pytest.raises(UsageError, match="no previous champion"):
-        registry.rollback(client, name)
-    registry.promote(client, name)
-    with pytest.raises(UsageError, match=r"Version 1 of .* is the champion"):
-        registry.promote(client, name)
-    with pytest.raises(UsageError, match="no version 5"):
-        registry.promote(client, name, version=5)
-    with pytest.raises(UsageError, match="no version 5"):
-        registry.rollback(client, name, to=5)
 
 
 def test_a_name_must_fit_a_uri(client: MlflowClient, weights: Path) -> None:
@@ -261,83 +136,6 @@ def test_asking_for_what_is_not_there_creates_no_store(
     assert not (tmp_path / "home").exists()
 
 
-class Killed(BaseException):
-    """Stands for the process being killed."""
-
-
-class DyingClient(MlflowClient):
-    """A client whose process dies just before its write number `at`."""
-
-    def __init__(self, like: MlflowClient, at: int) -> None:
-        super().__init__(like.tracking_uri, like._registry_uri)
-        self._left = at
-
-    def _write(self) -> None:
-        if self._left == 0:
-            raise Killed
-        self._left -= 1
-
-    def create_run(self, *args: Any, **kwargs: Any) -> Any:
-        self._write()
-        return super().create_run(*args, **kwargs)
-
-    def log_text(self, *args: Any, **kwargs: Any) -> Any:
-        self._write()
-        return super().log_text(*args, **kwargs)
-
-    def set_registered_model_alias(self, *args: Any, **kwargs: Any) -> Any:
-        self._write()
-        return super().set_registered_model_alias(*args, **kwargs)
-
-    def set_terminated(self, *args: Any, **kwargs: Any) -> Any:
-        self._write()
-        return super().set_terminated(*args, **kwargs)
-
-
-# run, verdict.json, verdict.md, champion, previous, end of the run
-@pytest.mark.parametrize(("died_at", "done"), [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)])
-def test_an_interrupted_promotion_is_done_or_not_done(
-    client: MlflowClient, add: Callable[..., int], name: str, died_at: int, done: int
-) -> None:
-    for gain in (1.0, 1.5, 2.0):
-        add(gain)
-        if gain < 2:
-            registry.promote(client, name)
-    with pytest.raises(Killed):
-        registry.promote(DyingClient(client, died_at), name)
-    assert live(client, name)[0] == (3 if done else 2)
-
-    # Whatever comes next finds a consistent state: the version to go back to is the one before.
-    assert registry.rollback(client, name, dry_run=True).version == (2 if done else 1)
-    if done:
-        with pytest.raises(UsageError, match="is the champion"):
-            registry.promote(client, name)
-    else:
-        assert registry.promote(client, name).promoted
-    assert live(client, name) == (3, 2)
-    states = [record.state for record in registry.history(client, name) if record.version == 3]
-    assert states == (["done"] if done else ["done", "interrupted"] if died_at else ["done"])
-
-
-@pytest.mark.parametrize("died_at", [0, 1, 2, 3])
-def test_an_interrupted_rollback_is_done_or_not_done(
-    client: MlflowClient, add: Callable[..., int], name: str, died_at: int
-) -> None:
-    for gain in (1.0, 1.5):
-        add(gain)
-        registry.promote(client, name)
-    with pytest.raises(Killed):
-        registry.rollback(DyingClient(client, died_at), name)
-    assert live(client, name)[0] == (1 if died_at >= 2 else 2)
-    if died_at < 2:
-        registry.rollback(client, name)
-    else:
-        assert registry.rollback(client, name, dry_run=True).version == 2
-        with pytest.raises(UsageError, match="is the champion"):
-            registry.rollback(client, name, to=1)
-    assert live(client, name) == (1, 2)
-
-
 def test_a_champion_without_evaluation_is_told(
     client: MlflowClient, weights: Path, add: Callable[..., int], name: str
 ) -> None:
@@ -347,7 +145,7 @@ def test_a_champion_without_evaluation_is_told(
     client.create_model_version(name, uri, run_id=run, model_id=uri.removeprefix("models:/"))
     client.set_registered_model_alias(name, "challenger", "1")
     with pytest.raises(TeasrError, match=rf"no evaluation to judge by. Evaluate models:/{name}/1"):
-        registry.promote(client, name)
+        promotion.promote(client, name)
 
 
 def test_weights_changed_in_the_store_are_refused(
@@ -423,9 +221,9 @@ def test_a_server_s_models_are_downloaded_once(
         uri = registry.log_model(remote, run, weights)
         assert registry.register(remote, run, uri, "teasr", evaluation(1), {"dataset": "d"}) == 1
         assert registry.register(remote, run, uri, "teasr", evaluation(1), {"dataset": "d"}) == 1
-        assert registry.promote(remote, "teasr").promoted
-        assert [record.state for record in registry.history(remote, "teasr")] == ["done"]
-        assert registry.version_details(remote, "teasr", 1).metrics["1 step"]["psnr_y"] == 25.5
+        assert promotion.promote(remote, "teasr").promoted
+        assert [record.state for record in promotion.history(remote, "teasr")] == ["done"]
+        assert lineage.version_details(remote, "teasr", 1).metrics["1 step"]["psnr_y"] == 25.5
         folder = registry.resolve("models:/teasr@champion")
         assert folder.is_relative_to(tmp_path / "home" / "downloads")
         assert load_model(folder).network.settings == PRESETS["teasr-xs"]
