@@ -11,8 +11,6 @@ import base64
 import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teasr.errors import TeasrError, UsageError
+from teasr.processes import check_port, free_port, stop_group
 from teasr.registry import checked_weights, find, save_model
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class ScoringServer:
             lines.
         """
         if self.port is not None:
-            _check_port(self.host, self.port)
+            check_port(self.host, self.port)
         found = find(self.model, self.client)
         with contextlib.ExitStack() as on_exit:
             folder = Path(on_exit.enter_context(tempfile.TemporaryDirectory(prefix="teasr-serve-")))
@@ -110,12 +109,12 @@ class ScoringServer:
             if served.resolve() == weights.resolve():  # bare weights: give them the serving code
                 served = folder / "model"
                 save_model(weights, served)
-            self.port = self.port or _free_port(self.host)
+            self.port = self.port or free_port(self.host)
             self.url = f"http://{self.host}:{self.port}"
             self.version = found.label
             self.log = folder / "server.log"
             process = self._start(served)
-            on_exit.callback(_stop_group, process)
+            on_exit.callback(stop_group, process)
             self._await(process)
             self._on_exit = on_exit.pop_all()
         self._process = process
@@ -229,43 +228,9 @@ def _reason(body: bytes) -> str:
     return message.rpartition("\nError: ")[2].strip()
 
 
-def _check_port(host: str, port: int) -> None:
-    if not 1 <= port <= 65535:
-        raise UsageError(f"{port} is not a port.", "Ports go from 1 to 65535.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise TeasrError(
-                f"Port {port} of {host} cannot be used: {error.strerror}.", "Give another port."
-            ) from None
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 def _pings(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/ping", timeout=2) as response:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-def _stop_group(process: subprocess.Popen[bytes], patience: float = 10) -> None:
-    """End a process and everything it started: asked first, killed after `patience` seconds."""
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, kind)
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            process.poll()
-            try:
-                os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.05)
