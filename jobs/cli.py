@@ -73,7 +73,7 @@ def quickstart(
 ) -> None:
     """The whole journey on sample photographs: ingest, distill, evaluate, promote, serve."""
     home = _home(directory)
-    from jobs.evaluate import table
+    from jobs.figures import table
     from jobs.quickstart import quickstart as run
     from jobs.quickstart import sample_photographs
     from jobs.recipe import load_recipe
@@ -349,8 +349,9 @@ def evaluate(
 ) -> None:
     """Measure a model on a benchmark: table with intervals, per-image CSV, sheet and page."""
     _home(home)
-    from jobs.evaluate import checked_metrics, table
+    from jobs.evaluate import checked_metrics
     from jobs.evaluate import evaluate as run
+    from jobs.figures import table
     from teasr import registry
 
     counts, chosen, shown = _numbers(steps), checked_metrics(metrics), _pictures(pictures)
@@ -632,7 +633,7 @@ def retrain(
 ) -> None:
     """The journey from photographs to promotion, once; does nothing when there is nothing new."""
     root = _home(home)
-    from jobs.evaluate import table
+    from jobs.figures import table
     from jobs.recipe import load_recipe
     from jobs.retrain import retrain as run
 

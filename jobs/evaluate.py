@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from jobs.console import progress_bar
+from jobs.figures import directed_heading, figure, heading, mean_and_interval, not_measured
 from pipelines.benchmark import BenchmarkResult, Comparison, benchmark
 from teasr import dists as dists_metric
 from teasr.errors import UsageError
@@ -32,18 +32,6 @@ SHEET_PICTURES = 8
 # Longest side of what the page shows of a picture, in HR pixels: it holds every system's PNG.
 PAGE_CUT = 768
 ORIGINAL = "original"
-
-# Headings, and digits after the point.
-_COLUMNS = {
-    "psnr_y": ("PSNR-Y (dB)", 2),
-    "ssim_y": ("SSIM-Y", 4),
-    "lpips": ("LPIPS", 4),
-    "dists": ("DISTS", 4),
-    "niqe": ("NIQE", 2),
-    "musiq": ("MUSIQ", 2),
-    "maniqa": ("MANIQA", 4),
-    "clipiqa": ("CLIP-IQA", 4),
-}
 
 
 @dataclass(frozen=True)
@@ -167,21 +155,21 @@ def draw_page(result: BenchmarkResult, title: str) -> str:
     metrics = evaluation.measured()
     rows = {
         system: [
-            *("\n".join(_mean_and_interval(evaluation, system, name)) for name in metrics),
+            *("\n".join(mean_and_interval(evaluation, system, name)) for name in metrics),
             f"{evaluation.seconds_per_megapixel.get(system, 0):.2f}",
         ]
         for system in systems
     }
-    headings = [_COLUMNS[name][0] for name in metrics]
+    headings = [heading(name) for name in metrics]
     facts = {
         "benchmark": evaluation.benchmark,
         "pictures": f"{len(scores)}, of which {len(result.pictures)} are shown",
-        "not measured": _not_measured(evaluation),
+        "not measured": not_measured(evaluation),
     }
     return comparison_page(
         title,
         {name: fact for name, fact in facts.items() if fact},
-        Figures([*(_heading(name) for name in metrics), "s / megapixel"], rows),
+        Figures([*(directed_heading(name) for name in metrics), "s / megapixel"], rows),
         "Means over the pictures; ↑ more is better, ↓ less is better. Below each mean its 95% "
         f"interval: {DRAWS:,} bootstrap resamples of the pictures.",
         [_scene(picture, evaluation, metrics, headings) for picture in worst_first],
@@ -202,7 +190,7 @@ def _scene(
         note = f"the middle {cut[1]} × {cut[0]} of {note}"
         pictures = {name: encode(_middle(decode(data).rgb)) for name, data in pictures.items()}
     rows = {
-        system: [_figure(name, getattr(scores[comparison.key], name)) for name in metrics]
+        system: [figure(name, getattr(scores[comparison.key], name)) for name in metrics]
         for system, scores in evaluation.scores.items()
     }
     return Scene(comparison.key, (cut[1], cut[0]), pictures, Figures(headings, rows), note)
@@ -213,47 +201,3 @@ def _middle(rgb: Bytes) -> Bytes:
     height, width = (min(side, PAGE_CUT) for side in rgb.shape[:2])
     top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
     return np.ascontiguousarray(rgb[top : top + height, left : left + width])
-
-
-def table(evaluation: Evaluation, title: str = "") -> Table:
-    """The summary for people: means over 95% intervals; what was not measured is named."""
-    measured, missing = evaluation.measured(), _not_measured(evaluation)
-    caption = "Under each mean its 95% interval."
-    if missing:
-        caption += f" Not measured: {missing}."
-    result = Table(
-        title=title or None, title_justify="left", caption=caption, caption_justify="left"
-    )
-    for heading in ("", *(_COLUMNS[name][0] for name in measured), "s / megapixel"):
-        result.add_column(heading, justify="left" if not heading else "right")
-    for system in evaluation.scores:
-        cells = []
-        for name in measured:
-            mean, *interval = _mean_and_interval(evaluation, system, name)
-            cells.append("\n".join([mean, *(f"[dim]{text}[/]" for text in interval)]))
-        seconds = evaluation.seconds_per_megapixel.get(system, 0)
-        result.add_row(system, *cells, f"{seconds:.2f}")
-    return result
-
-
-def _mean_and_interval(evaluation: Evaluation, system: str, metric: str) -> list[str]:
-    """`28.77`, and `27.9–29.6` where there is an interval."""
-    mean, interval = evaluation.mean(system, metric), evaluation.interval(system, metric)
-    lines = [_figure(metric, mean)]
-    if interval is not None:
-        digits = _COLUMNS[metric][1] - 1
-        lines.append(f"{interval[0]:.{digits}f}–{interval[1]:.{digits}f}")
-    return lines
-
-
-def _figure(metric: str, value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.{_COLUMNS[metric][1]}f}"
-
-
-def _heading(metric: str) -> str:
-    return f"{_COLUMNS[metric][0]} {'↑' if METRICS[metric] == 'higher' else '↓'}"
-
-
-def _not_measured(evaluation: Evaluation) -> str:
-    measured = evaluation.measured()
-    return ", ".join(_COLUMNS[name][0] for name in DEFAULT_METRICS if name not in measured)

@@ -11,8 +11,6 @@ import json
 import logging
 import math
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +33,7 @@ from teasr.backbones import save_model
 from teasr.dmd import judges, student_weights
 from teasr.errors import TeasrError
 from teasr.lpips import Lpips, find_weights
+from teasr.machine import peak_memory_mb
 from teasr.objective import MicroBatch, Objective
 from teasr.shards import read_manifest, write_bytes
 from teasr.tracking import RunLogger, connect
@@ -163,7 +162,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
         now = time.monotonic()
         position.seconds = before + now - started
-        position.peak_mb = max(position.peak_mb, _peak_memory(engine.device))
+        position.peak_mb = max(position.peak_mb, peak_memory_mb(engine.device))
         if record:
             problem = record.write(first, position, figures, norm, wrong)
         if wrong is not None:
@@ -317,14 +316,6 @@ def _set_threads(training: TrainingSettings, local_workers: int) -> None:
     # One core is left to the feed: matrix products that wait for a core are slower than on fewer.
     free = max(1, ((os.cpu_count() or 1) - 1) // local_workers)
     torch.set_num_threads(training.threads or free)
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Most megabytes so far, see `Position.peak_mb`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _to_network(pictures: Tensor, device: torch.device) -> Tensor:

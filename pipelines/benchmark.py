@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from teasr.errors import TeasrError
 from teasr.evaluation import BICUBIC, DEFAULT_METRICS, Evaluation, system_name
 from teasr.images import bicubic_upsample, decode, encode
 from teasr.lpips import Lpips
+from teasr.machine import machine_name, peak_memory_mb, restart_peak_memory
 from teasr.metrics import Scores, score
 from teasr.no_reference import PYIQA, Measure, measure
 from teasr.restoration import RestorationSettings, restore
@@ -188,23 +189,39 @@ class _Scorer:
             return {**row, "figures": json.dumps({"too_small": f"{hr.shape[1]} x {hr.shape[0]}"})}
         figures: dict[str, Any] = {}
         pictures: dict[str, bytes] = {}
-        for system, restored, seconds in self._systems(lr):
+        for system, restored, seconds, peak_mb in self._systems(lr):
             scores = score(restored, hr, *self.measures.load())
-            figures[system] = {"scores": vars(scores), "seconds": seconds}
+            figures[system] = {"scores": vars(scores), "seconds": seconds, "peak_mb": peak_mb}
             pictures[system] = encode(restored) if row["index"] in self.shown else b""
-        megapixels = hr.shape[0] * hr.shape[1] / 1e6
-        document = json.dumps({"systems": figures, "megapixels": megapixels})
-        return {**row, **pictures, "figures": document}
+        document = {
+            "systems": figures,
+            "megapixels": hr.shape[0] * hr.shape[1] / 1e6,
+            "machine": machine_name(self._device),
+        }
+        return {**row, **pictures, "figures": json.dumps(document)}
 
-    def _systems(self, lr: Bytes) -> Iterator[tuple[str, Bytes, float]]:
+    @property
+    def _device(self) -> torch.device:
         model = _model_of_this_process(self.model, self.base)
-        begin = time.perf_counter()
-        yield BICUBIC, bicubic_upsample(lr, model.network.scale), time.perf_counter() - begin
+        return next(model.network.parameters()).device
+
+    def _systems(self, lr: Bytes) -> Iterator[tuple[str, Bytes, float, float]]:
+        """Each system's name and result, the seconds that it took and the peak of memory."""
+        model = _model_of_this_process(self.model, self.base)
+
+        def measured(system: str, work: Callable[[], Bytes]) -> tuple[str, Bytes, float, float]:
+            restart_peak_memory(self._device)
+            begin = time.perf_counter()
+            restored = work()
+            return system, restored, time.perf_counter() - begin, peak_memory_mb(self._device)
+
+        yield measured(BICUBIC, lambda: bicubic_upsample(lr, model.network.scale))
         for steps in self.steps:
             settings = self.settings.model_copy(update={"steps": steps})
-            begin = time.perf_counter()
-            restored = restore(model.network, lr, settings, codec=model.codec)
-            yield system_name(steps), restored, time.perf_counter() - begin
+            yield measured(
+                system_name(steps),
+                partial(restore, model.network, lr, settings, codec=model.codec),
+            )
 
 
 @lru_cache(maxsize=1)
@@ -228,15 +245,19 @@ def _measures_of_this_process(
 def _collect(benchmark: str, rows: list[dict[str, Any]]) -> Evaluation:
     scores: dict[str, dict[str, Scores]] = {}
     seconds: dict[str, float] = {}
+    peaks: dict[str, float] = {}
+    machines: set[str] = set()
     megapixels = 0.0
     for row in rows:
         figures = json.loads(row["figures"])
         megapixels += figures["megapixels"]
+        machines.add(figures["machine"])
         for system, figure in figures["systems"].items():
             scores.setdefault(system, {})[row["key"]] = Scores(**figure["scores"])
             seconds[system] = seconds.get(system, 0.0) + figure["seconds"]
+            peaks[system] = max(peaks.get(system, 0.0), figure["peak_mb"])
     rates = {system: total / megapixels for system, total in seconds.items()}
-    return Evaluation(benchmark, scores, rates)
+    return Evaluation(benchmark, scores, rates, peaks, "; ".join(sorted(machines)))
 
 
 def _comparison(row: dict[str, Any]) -> Comparison:

@@ -122,8 +122,12 @@ def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> Usage
 
 
 def _fields_at(cls: type[BaseModel], place: Iterable[str]) -> list[str]:
-    for key in place:
+    keys = iter(place)
+    for key in keys:
         annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
+        if typing.get_origin(annotation) is dict:  # sections by name: `dict[str, Section]`
+            annotation = typing.get_args(annotation)[1]
+            next(keys, None)
         optional = isinstance(annotation, types.UnionType)  # `Section | None`
         options = typing.get_args(annotation) if optional else (annotation,)
         sections = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]

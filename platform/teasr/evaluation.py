@@ -30,7 +30,22 @@ METRICS = {
     "maniqa": "higher",
     "clipiqa": "higher",
 }
-"""Metrics by name, and which way is better."""
+"""Metrics of a picture by name, and which way is better."""
+COSTS = ("seconds_per_megapixel", "peak_memory_mb")
+"""What restoring takes, by system and not by picture; less is better."""
+LABELS = {
+    "psnr_y": ("PSNR-Y", "dB", 2),
+    "ssim_y": ("SSIM-Y", "", 4),
+    "lpips": ("LPIPS", "", 4),
+    "dists": ("DISTS", "", 4),
+    "niqe": ("NIQE", "", 2),
+    "musiq": ("MUSIQ", "", 2),
+    "maniqa": ("MANIQA", "", 4),
+    "clipiqa": ("CLIP-IQA", "", 4),
+    "seconds_per_megapixel": ("time", "s / megapixel", 2),
+    "peak_memory_mb": ("memory", "MB", 0),
+}
+"""Of metrics and costs: what people call them, the unit, and digits after the point."""
 DEFAULT_METRICS = ("psnr_y", "ssim_y", "lpips", "dists", "niqe")
 """What is measured when nothing else is asked for; the others want the package pyiqa."""
 CONFIDENCE = 0.95
@@ -51,11 +66,16 @@ class Evaluation:
         benchmark: fingerprint of the pair dataset.
         scores: by system, then by picture's key, in one order of keys for every system.
         seconds_per_megapixel: by system, of restored pixels on the machine that evaluated.
+        peak_memory_mb: by system, the most that the evaluating process held: allocated on a GPU,
+            else resident, Python and libraries included. Empty when not measured.
+        machine: processor or GPU that evaluated; empty when unknown.
     """
 
     benchmark: str
     scores: dict[str, dict[str, Scores]]
     seconds_per_megapixel: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: dict[str, float] = field(default_factory=dict)
+    machine: str = ""
 
     def values(self, system: str, metric: str) -> list[float]:
         """A metric of every picture, in the order of keys; empty when it was not measured.
@@ -99,6 +119,8 @@ class Evaluation:
         document = {
             "benchmark": self.benchmark,
             "seconds_per_megapixel": self.seconds_per_megapixel,
+            "peak_memory_mb": self.peak_memory_mb,
+            "machine": self.machine,
             "intervals": {
                 system: {
                     name: interval
@@ -113,7 +135,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """The inverse of `to_json`. A metric that the document does not name was not measured.
+        """The inverse of `to_json`. What the document does not name was not measured.
 
         Raises:
             TeasrError: when the text is not an evaluation.
@@ -124,7 +146,13 @@ class Evaluation:
                 system: {key: Scores(**values) for key, values in pictures.items()}
                 for system, pictures in document["scores"].items()
             }
-            return cls(document["benchmark"], scores, document["seconds_per_megapixel"])
+            return cls(
+                document["benchmark"],
+                scores,
+                document["seconds_per_megapixel"],
+                document.get("peak_memory_mb", {}),
+                document.get("machine", ""),
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise TeasrError("This is not an evaluation written by teasr.") from None
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from jobs.evaluate import checked_metrics, draw_page, draw_sheet, table
+from jobs.evaluate import checked_metrics, draw_page, draw_sheet
+from jobs.figures import table
 from pipelines.benchmark import BenchmarkResult, Comparison
 from teasr.errors import UsageError
 from teasr.evaluation import DEFAULT_METRICS, METRICS, Evaluation

@@ -32,9 +32,9 @@ TINY = [
     "evaluation.copies=2",
     "evaluation.pictures=2",
     # An untrained network is bicubic: near it, not better. What is tested is the journey.
-    "gate.min_gain_over_bicubic_db=-3",
-    "gate.max_psnr_drop_db=3",
-    "gate.max_steps_drop_db=9",
+    "gate.rules.better than bicubic={metric: psnr_y, not_worse_than: bicubic, by: 3}",
+    "gate.rules.fidelity.by=3",
+    "gate.rules.any-step.by=9",
 ]
 
 
@@ -126,7 +126,8 @@ def test_quickstart_twice_then_every_command(photos: Path, tmp_path: Path) -> No
 
 
 def test_a_gate_that_is_not_passed_says_so(photos: Path, tmp_path: Path) -> None:
-    recipe = [f"photos=[{photos}]", *TINY, "training.steps=1", "gate.min_gain_over_bicubic_db=30"]
+    floor = "gate.rules.floor={metric: psnr_y, at_least: 90}"
+    recipe = [f"photos=[{photos}]", *TINY, "training.steps=1", floor]
     done = _teasr("retrain", "quickstart", *recipe, home=tmp_path / "home")
     assert done.returncode == 1, done.stderr
     assert "refused by the gate" in done.stderr and "Traceback" not in done.stderr

@@ -27,7 +27,7 @@ def test_overrides_reach_their_fields() -> None:
     [
         *[("training.workers=4", True), ("training.gpu=true", True), ("training.minutes=9", True)],
         *[("training.keep_best=3", True), ("engine.offload_optimizer=cpu", True)],
-        *[("gate.max_psnr_drop_db=1", True), ("evaluation.steps=[1,2]", True), ("data=a/b", True)],
+        *[("gate.rules.fidelity.by=1", True), ("evaluation.steps=[1,2]", True), ("data=a/b", True)],
         *[("training.batch=3", False), ("training.seed=3", False), ("feed.crop=64", False)],
         *[("engine.zero_stage=3", False), ("engine.learning_rate=1e-3", False)],
         *[("objective.any_step=1", False), ("init=scratch", False), ("backbone=teasr-xs", False)],
