@@ -71,8 +71,12 @@ class Distilled:
     reused: bool = False
 
 
-def distill(recipe: Recipe, folder: Path) -> Distilled:
+def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distilled:
     """Train as `recipe` says, in `folder`.
+
+    Args:
+        parent: model to start a new run from, in place of the recipe's `init`. A run that was begun
+            goes on from what it began with.
 
     Raises:
         UsageError: no dataset, an unknown model to start from, too few CPUs or GPUs, or a folder
@@ -83,8 +87,12 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
     if recipe.data is None:
         raise UsageError("The recipe has no data.", "Set data to a folder made by 'teasr ingest'.")
     manifest = read_manifest(recipe.data, kind="hr")
-    init = None if recipe.init == "scratch" else registry.resolve(recipe.init)
-    check_network(recipe, init)  # what is wrong is told before anything starts
+    begun = _begun(folder)
+    parent = begun.get("parent") if begun else parent
+    start = parent or (None if recipe.init == "scratch" else recipe.init)
+    init = registry.resolve(start) if start else None
+    # What is wrong is told before anything starts.
+    check_network(recipe.model_copy(update={"init": start or "scratch"}), init)
     find_weights("vgg", recipe.lpips)
     identity = content_hash([recipe.trajectory, manifest.fingerprint])
     client = tracking.connect()
@@ -95,10 +103,11 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
 
     folder.mkdir(parents=True, exist_ok=True)
     _mend_list(folder)
-    run = _run(client, folder, identity, recipe, manifest.fingerprint)
+    run = _run(client, folder, identity, recipe, manifest.fingerprint, parent)
     model = folder / MODEL_FOLDER
     # More minutes or steps than a finished run was given make it go on.
     if run["finished"] and Position(**run["position"]).share_of(recipe.training) >= 1:
+        _close(client, folder, run)
         return Distilled(run["run_id"], model, run["position"], _best(folder), reused=True)
     run = _begin(client, folder, run, recipe)
 
@@ -139,31 +148,46 @@ def distill(recipe: Recipe, folder: Path) -> Distilled:
         try:
             result = request.while_running(trainer.fit)
         except ray.train.TrainingFailedError as error:
-            client.set_terminated(run["run_id"], "FAILED")
+            _note_end(client, run, "FAILED")
             raise _explain(error, folder) from None
     if result.return_value is not None:
-        client.set_terminated(run["run_id"], "FAILED")
+        _note_end(client, run, "FAILED")
         raise _diverges(folder, **result.return_value)
     assert result.checkpoint is not None  # the loop ends with one
     with result.checkpoint.as_directory() as checkpoint:
         position = json.loads((Path(checkpoint) / STATE_FILE).read_text())
         del position["feed"]  # of no use once the run is over
         if Position(**position).share_of(recipe.training) < 1:
-            client.set_terminated(run["run_id"], "KILLED")
+            _note_end(client, run, "KILLED")
             raise Preempted(
                 f"{request.signal or 'The stop file'} ended the run after step "
                 f"{position['steps']}, with a checkpoint.",
                 "The same command goes on from there.",
             )
         shutil.copytree(Path(checkpoint) / MODEL_FOLDER, model, dirs_exist_ok=True)
-    _write_run(folder, {**run, "finished": True, "position": position})
-    for name, value in position.items():
+    run = {**run, "finished": True, "closed": False, "position": position}
+    _write_run(folder, run)
+    _close(tracking.connect(), folder, run)
+    return Distilled(run["run_id"], model, position, _best(folder))
+
+
+def _note_end(client: Any, run: dict[str, Any], status: str) -> None:
+    """Note how the run ended; a store that is away is not waited for."""
+    if tracking.answers(client.tracking_uri):
+        client.set_terminated(run["run_id"], status)
+
+
+def _close(client: Any, folder: Path, run: dict[str, Any]) -> None:
+    """Note the end of a finished run; once, but again where the store was away."""
+    if run.get("closed", True):
+        return
+    for name, value in run["position"].items():
         client.log_metric(run["run_id"], f"training/{name}", value)
     best = _best(folder)
     if best is not None:
         client.set_tag(run["run_id"], "teasr.best_step", best["step"])
     client.set_terminated(run["run_id"])
-    return Distilled(run["run_id"], model, position, best)
+    _write_run(folder, {**run, "closed": True})
 
 
 def _best(folder: Path) -> dict[str, Any] | None:
@@ -286,13 +310,24 @@ def _check_resources(recipe: Recipe) -> None:
         )
 
 
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """The run that was begun in this folder, or None."""
+    path = folder / RUN_FILE
+    run: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return run
+
+
 def _run(
-    client: Any, folder: Path, identity: str, recipe: Recipe, fingerprint: str
+    client: Any,
+    folder: Path,
+    identity: str,
+    recipe: Recipe,
+    fingerprint: str,
+    parent: str | None,
 ) -> dict[str, Any]:
     """The run of this folder: the one that was begun here, or a new one."""
-    path = folder / RUN_FILE
-    if path.is_file():
-        run: dict[str, Any] = json.loads(path.read_text())
+    run = _begun(folder)
+    if run is not None:
         if run["identity"] != identity:
             raise UsageError(
                 f"{folder} holds a run of another recipe or of other data.",
@@ -306,11 +341,15 @@ def _run(
             "teasr.data": recipe.data or "",
             "teasr.data_fingerprint": fingerprint,
             "teasr.lpips": "present" if find_weights("vgg", recipe.lpips) else "missing",
+            **({"teasr.parent": parent} if parent else {}),
         },
     )
     for name, value in _flat(recipe.model_dump(mode="json")):
         client.log_param(created.info.run_id, name, value)
-    run = {"run_id": created.info.run_id, "identity": identity, "finished": False, "attempts": 0}
+    run = {
+        **{"run_id": created.info.run_id, "identity": identity, "parent": parent},
+        **{"finished": False, "attempts": 0},
+    }
     _write_run(folder, run)
     return run
 

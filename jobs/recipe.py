@@ -129,6 +129,8 @@ class Recipe(Settings):
     init: str = "scratch"
     """Weights to start from: `scratch`, a built-in model, a folder, or an MLflow model URI. On a
     pretrained backbone those of the adapters; `scratch` is then the base as it was published."""
+    warm_start: bool = False
+    """Whether `teasr retrain` starts from the champion, once there is one, and not from `init`."""
     lpips: str | None = None
     """LPIPS weights for the pixel term, a file or a folder; None looks at $TEASR_LPIPS."""
     feed: FeedSettings = FeedSettings()
@@ -181,6 +183,7 @@ class Recipe(Settings):
         """What decides what is learned, apart from the data: all but how far a run goes, where it
         runs, and what is recorded and measured of it."""
         left_out: dict[str, Any] = {
+            "warm_start": not self.warm_start,  # runs begun before there was such a field go on
             "training": set(TrainingSettings.model_fields) - {"batch", "seed"},
             "engine": _PLACEMENT,
             **dict.fromkeys(_BESIDES, True),

@@ -2,8 +2,10 @@
 
 ingest -> benchmark -> distill -> evaluate -> register -> promote. Each step is reused while its
 inputs stay the same, so a rerun after a crash repeats only what is missing, and a rerun with
-nothing new says so. The photographs of the benchmark are chosen once and kept out of training for
-good; photographs that are added later are trained on.
+nothing new says so. With `warm_start` a training begins from the champion of that moment, which the
+run notes; it is no input of the step, or every promotion would be something new to learn from. The
+photographs of the benchmark are chosen once and kept out of training for good; photographs that are
+added later are trained on.
 """
 
 from __future__ import annotations
@@ -11,27 +13,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
-from filelock import FileLock, Timeout
 
 from jobs.distill import distill
 from jobs.evaluate import EVALUATION_FILE, evaluate
+from jobs.locks import only_one
+from jobs.preemption import Preempted
 from jobs.recipe import Recipe
 from jobs.steps import Steps
 from pipelines.ingest import MOST_SHRINK, file_stamps, ingest, is_picture
+from pipelines.inputs import training_inputs
 from pipelines.synthesize import synthesize
 from teasr import promotion, registry, tracking
+from teasr.drift import REFERENCE_FILE
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import BICUBIC, Evaluation, system_name
 from teasr.images import decode
 from teasr.shards import content_hash, read_manifest, write_bytes
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 HELD_OUT_FILE = "held-out.json"
 
@@ -60,17 +69,19 @@ def retrain(recipe: Recipe, home: Path) -> Retrained:
 
     Raises:
         UsageError: no photographs, or a recipe that does not fit.
-        TeasrError: another retraining of the same model is running, or a step failed.
+        Busy: another retraining of the same model is running.
+        Preempted: SIGTERM came; the steps that ended are kept.
+        TeasrError: a step failed, or the MLflow server is away.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(home / f"{recipe.model}.lock")  # the system frees it when its holder dies
-    try:
-        with lock.acquire(timeout=0):
+    with only_one(home / f"{recipe.model}.lock", f"A retraining of '{recipe.model}'"):
+        try:
             return _retrain(recipe, home)
-    except Timeout:
-        raise TeasrError(
-            f"A retraining of '{recipe.model}' is running in {home}.", "Wait for it to end."
-        ) from None
+        except SystemExit as end:
+            if end.code != 128 + signal.SIGTERM:
+                raise
+            raise Preempted(
+                "SIGTERM ended the retraining.", "The same command goes on with the step it was in."
+            ) from None
 
 
 def _retrain(recipe: Recipe, home: Path) -> Retrained:
@@ -90,7 +101,7 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
     run_folder = home / "runs" / f"{recipe.model}-{content_hash(learned)[:12]}"
 
     def train() -> dict[str, Any]:
-        result = distill(recipe, run_folder)
+        result = distill(recipe, run_folder, _champion(client, recipe))
         position = result.position
         return {
             "run_id": result.run_id,
@@ -109,6 +120,7 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
 
     def measure() -> dict[str, Any]:
         assert recipe.benchmark is not None
+        tracking.connect(home)  # a server that went away is told at once: MLflow tries for minutes
         result = evaluate(
             Path(trained["model"]),
             recipe.benchmark,
@@ -126,6 +138,10 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
     evaluation = Evaluation.from_json((files / EVALUATION_FILE).read_text())
 
     def register() -> dict[str, Any]:
+        assert recipe.data is not None
+        tracking.connect(home)
+        inputs = training_inputs(recipe.data, recipe.feed)
+        client.log_text(trained["run_id"], inputs.to_json(), REFERENCE_FILE)
         uri = registry.log_model(client, trained["run_id"], Path(trained["model"]), recipe.model)
         tags = {"dataset": learned["data"]}
         version = registry.register(client, trained["run_id"], uri, recipe.model, evaluation, tags)
@@ -138,6 +154,10 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
     version = steps.run("register", measured_on, register)["version"]
 
     def through_gate() -> dict[str, Any]:
+        tracking.connect(home)
+        # Promoted before, by this step when it was cut off or by hand.
+        if promotion.champion_version(client, recipe.model) == version:
+            return {"promoted": True, "summary": f"version {version} is the champion"}
         outcome = promotion.promote(client, recipe.model, version, recipe.gate)
         failed = [check.detail for check in outcome.verdict.checks if check.passed is False]
         return {
@@ -147,7 +167,7 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
             else f"version {version} was refused: {'; '.join(failed)}",
         }
 
-    gate = {"version": version, "gate": recipe.gate.model_dump(mode="json")}
+    gate = {**measured_on, "version": version, "gate": recipe.gate.model_dump(mode="json")}
     promoted = steps.run("promote", gate, through_gate)["promoted"]
     return Retrained(version, promoted, bool(steps.done), evaluation, files)
 
@@ -225,6 +245,17 @@ def _is_usable(url: str, min_side: int) -> bool:
     except (TeasrError, OSError):
         return False
     return True
+
+
+def _champion(client: MlflowClient, recipe: Recipe) -> str | None:
+    """What a warm start begins from; None without one, and before the first champion."""
+    if not recipe.warm_start:
+        return None
+    try:
+        version = promotion.champion_version(client, recipe.model)
+    except UsageError:  # the model has no version yet
+        return None
+    return None if version is None else f"models:/{recipe.model}/{version}"
 
 
 def _learning(recipe: Recipe) -> dict[str, Any]:

@@ -91,6 +91,9 @@ def signature() -> ModelSignature:
 def log_model(client: MlflowClient, run_id: str, folder: Path, name: str = "model") -> str:
     """Log the weights in `folder` as a model of the run, with all code that serving needs.
 
+    Weights that were logged with this run before are not logged again: an interrupted call is
+    repeated.
+
     Args:
         folder: a model's, see `teasr.backbones.folder`; what else lies there is left out.
         name: of the logged model, shown in MLflow's pages.
@@ -108,10 +111,15 @@ def log_model(client: MlflowClient, run_id: str, folder: Path, name: str = "mode
     if base := base_of(folder):
         tags["teasr.base"] = f"{base.source} {base.revision or ''}".strip()
         tags["teasr.base_fingerprint"] = base.fingerprint
+    run = client.get_run(run_id)
+    for output in run.outputs.model_outputs if run.outputs else []:
+        there = client.get_logged_model(output.model_id)
+        if (there.name, there.tags.get("teasr.sha256")) == (name, tags["teasr.sha256"]):
+            return f"models:/{there.model_id}"
     # Not `mlflow.pyfunc.log_model`, which puts models into the process's active experiment, by
     # default a folder `mlruns` in the current one, whatever experiment the run belongs to.
     logged = client.create_logged_model(
-        client.get_run(run_id).info.experiment_id,
+        run.info.experiment_id,
         name,
         source_run_id=run_id,
         tags=tags,
@@ -409,6 +417,12 @@ def _what_exists(client: MlflowClient | None) -> str:
 
 
 def evaluation_of(client: MlflowClient, version: ModelVersion) -> Evaluation | None:
+    text = artifact_text(client, version, EVALUATION_FILE)
+    return None if text is None else Evaluation.from_json(text)
+
+
+def artifact_text(client: MlflowClient, version: ModelVersion, name: str) -> str | None:
+    """The text of artifact `name` of the run that made a version; None when it is not there."""
     from mlflow.exceptions import MlflowException
 
     if not version.run_id:
@@ -419,11 +433,10 @@ def evaluation_of(client: MlflowClient, version: ModelVersion) -> Evaluation | N
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None  # the run was purged
-    if EVALUATION_FILE not in present:
+    if name not in present:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(version.run_id, EVALUATION_FILE, folder)
-        return Evaluation.from_json(Path(path).read_text())
+        return Path(client.download_artifacts(version.run_id, name, folder)).read_text()
 
 
 def required_evaluation(client: MlflowClient, version: ModelVersion) -> Evaluation:

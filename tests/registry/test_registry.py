@@ -48,6 +48,7 @@ def test_registering_again_makes_no_second_version(
 ) -> None:
     run = client.create_run(tracking.experiment_id(client, "trainings")).info.run_id
     uri = registry.log_model(client, run, weights)
+    assert registry.log_model(client, run, weights) == uri
     for tags in ({}, {"dataset": "data-8"}):
         assert registry.register(client, run, uri, name, evaluation(1), tags) == 1
     assert registry.list_versions(client, name) == {1: ["challenger"]}
