@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from jobs.console import progress_bar
-from jobs.figures import directed_heading, figure, heading, mean_and_interval, not_measured
+from jobs.figures import (
+    ORIGINAL,
+    cut_for_page,
+    directed_heading,
+    figure,
+    heading,
+    mean_and_interval,
+    not_measured,
+)
 from pipelines.benchmark import BenchmarkResult, Comparison, benchmark
 from teasr import dists as dists_metric
 from teasr.errors import UsageError
 from teasr.evaluation import DEFAULT_METRICS, DRAWS, METRICS, Evaluation
 from teasr.gallery import Figures, Scene, comparison_page
-from teasr.images import Bytes, decode, encode
+from teasr.images import decode
 from teasr.lpips import find_weights
 from teasr.no_reference import PYIQA, has_pyiqa
 from teasr.restoration import RestorationSettings
@@ -31,7 +37,6 @@ DETAIL = 160
 SHEET_PICTURES = 8
 # Longest side of what the page shows of a picture, in HR pixels: it holds every system's PNG.
 PAGE_CUT = 768
-ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -183,21 +188,9 @@ def _scene(
     comparison: Comparison, evaluation: Evaluation, metrics: list[str], headings: list[str]
 ) -> Scene:
     pictures = {**comparison.restored, ORIGINAL: comparison.hr}
-    hr = decode(comparison.hr).rgb
-    whole, cut = hr.shape[:2], _middle(hr).shape[:2]
-    note = f"{whole[1]} × {whole[0]}"
-    if cut != whole:
-        note = f"the middle {cut[1]} × {cut[0]} of {note}"
-        pictures = {name: encode(_middle(decode(data).rgb)) for name, data in pictures.items()}
+    size, pictures, note = cut_for_page(pictures, PAGE_CUT)
     rows = {
         system: [figure(name, getattr(scores[comparison.key], name)) for name in metrics]
         for system, scores in evaluation.scores.items()
     }
-    return Scene(comparison.key, (cut[1], cut[0]), pictures, Figures(headings, rows), note)
-
-
-def _middle(rgb: Bytes) -> Bytes:
-    """The middle of (H, W, 3), `PAGE_CUT` pixels a side at most."""
-    height, width = (min(side, PAGE_CUT) for side in rgb.shape[:2])
-    top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
-    return np.ascontiguousarray(rgb[top : top + height, left : left + width])
+    return Scene(comparison.key, size, pictures, Figures(headings, rows), note)

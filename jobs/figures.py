@@ -1,10 +1,17 @@
-"""Figures of an evaluation for people: in the terminal, and as texts for pages."""
+"""Figures of an evaluation for people: in the terminal, and as texts and pictures for pages."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 from rich.table import Table
 
 from teasr.evaluation import DEFAULT_METRICS, LABELS, METRICS, Evaluation
+from teasr.images import Bytes, decode, encode
+
+ORIGINAL = "original"
+"""What pages call the ground truth."""
 
 
 def table(evaluation: Evaluation, title: str = "") -> Table:
@@ -58,3 +65,26 @@ def not_measured(evaluation: Evaluation) -> str:
     """The usual metrics that the evaluation lacks; empty when it has all."""
     measured = evaluation.measured()
     return ", ".join(LABELS[name][0] for name in DEFAULT_METRICS if name not in measured)
+
+
+def cut_for_page(
+    pictures: Mapping[str, bytes], side: int
+) -> tuple[tuple[int, int], dict[str, bytes], str]:
+    """The middle, `side` pixels a side at most, of encoded pictures of one size.
+
+    Returns:
+        Width and height; the pictures; and what is shown, for people.
+    """
+    decoded = {name: decode(data).rgb for name, data in pictures.items()}
+    height, width = next(iter(decoded.values())).shape[:2]
+    cut = min(side, width), min(side, height)
+    note = f"{width} × {height}"
+    if cut == (width, height):
+        return cut, dict(pictures), note
+    note = f"the middle {cut[0]} × {cut[1]} of {note}"
+    return cut, {name: encode(_middle(rgb, *cut)) for name, rgb in decoded.items()}, note
+
+
+def _middle(rgb: Bytes, width: int, height: int) -> Bytes:
+    top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
+    return np.ascontiguousarray(rgb[top : top + height, left : left + width])

@@ -11,7 +11,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from teasr.plots import PLOT_CSS, Plot, svg
+from teasr.plots import PLOT_CSS, Plot, Scatter, svg
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,25 @@ class Scene:
     pictures: Mapping[str, bytes]
     figures: Figures
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A rule of a gate and what became of it.
+
+    Attributes:
+        name: the rule's.
+        rule: in words.
+        figure: what was found; lines after the first are set small.
+        limit: what is allowed.
+        passed: None when it does not count.
+    """
+
+    name: str
+    rule: str
+    figure: str
+    limit: str
+    passed: bool | None
 
 
 def page(
@@ -129,15 +148,86 @@ def comparison_page(
         f'<h2 id="figures">Figures</h2>{_table(figures)}<p class="hint">{_text(about_figures)}</p>'
     )
     if scenes:
-        body += (
-            f'<h2 id="pictures">Pictures</h2><p class="hint">{_text(about_scenes)}</p>'
-            f"{_choice(list(scenes[0].pictures), shown)}"
-            f'<main class="scenes">{"".join(_scene(scene, shown) for scene in scenes)}</main>'
-        )
+        body += _scenes(scenes, about_scenes, shown)
     return _document(title, facts, "", body)
 
 
-def _document(title: str, facts: Mapping[str, str], links: str, body: str) -> str:
+def verdict_page(
+    title: str,
+    passed: bool,
+    sentences: Sequence[str],
+    facts: Mapping[str, str],
+    rulings: Sequence[Ruling],
+    figures: Figures,
+    about_figures: str,
+    plots: Sequence[Scatter],
+    about_plots: str,
+    scenes: Sequence[Scene],
+    about_scenes: str,
+    shown: tuple[str, str],
+) -> str:
+    """The verdict of a gate as HTML text: the answer, the rules, the figures, dots and pictures.
+
+    Args:
+        title: heading.
+        passed: the verdict.
+        sentences: what it means; the first is set large.
+        facts: name and value of what is known of the contest.
+        rulings: in the order of the gate's rules.
+        figures: means of the systems.
+        about_figures, about_plots, about_scenes: what is seen and how to read it; the last one may
+            say why there are no scenes.
+        plots: none leaves the section out.
+        scenes, shown: as of `comparison_page`.
+    """
+    headline, *others = sentences
+    lead = (
+        f'<div class="verdict {"passed" if passed else "failed"}" role="status">'
+        f"<strong>{_text(headline)}</strong>{''.join(f'<p>{_text(s)}</p>' for s in others)}</div>"
+    )
+    rows = "".join(_ruling(ruling) for ruling in rulings)
+    body = (
+        '<h2 id="rules">Rules</h2><div class="table"><table class="rulings"><tr><th>rule</th>'
+        f"<th>found</th><th>allowed</th><th>result</th></tr>{rows}</table></div>"
+        f'<h2 id="figures">Figures</h2>{_table(figures)}<p class="hint">{_text(about_figures)}</p>'
+    )
+    if plots:
+        dots = "".join(
+            f"<figure><figcaption>{_text(plot.title)}<span>better for {plot.wins} of {len(plot)}"
+            f"</span></figcaption>{svg(plot)}</figure>"
+            for plot in plots
+        )
+        body += (
+            f'<h2 id="dots">Picture by picture</h2><p class="hint">{_text(about_plots)}</p>'
+            f'<div class="plots dots">{dots}</div>'
+        )
+    body += _scenes(scenes, about_scenes, shown)
+    return _document(title, facts, "", body, lead)
+
+
+def _ruling(ruling: Ruling) -> str:
+    words, kind = {
+        True: ("✓ passed", "passed"),
+        False: ("✗ failed", "failed"),
+        None: ("– does not count", "open"),
+    }[ruling.passed]
+    return (
+        f"<tr><th>{_text(ruling.name)}<small>{_text(ruling.rule)}</small></th>"
+        f'{_cell(ruling.figure)}{_cell(ruling.limit)}<td class="{kind}">{words}</td></tr>'
+    )
+
+
+def _scenes(scenes: Sequence[Scene], about: str, shown: tuple[str, str]) -> str:
+    heading = f'<h2 id="pictures">Pictures</h2><p class="hint">{_text(about)}</p>'
+    if not scenes:
+        return heading
+    return (
+        f"{heading}{_choice(list(scenes[0].pictures), shown)}"
+        f'<main class="scenes">{"".join(_scene(scene, shown) for scene in scenes)}</main>'
+    )
+
+
+def _document(title: str, facts: Mapping[str, str], links: str, body: str, lead: str = "") -> str:
     rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(facts[name])}</dd>" for name in facts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -145,7 +235,7 @@ def _document(title: str, facts: Mapping[str, str], links: str, body: str) -> st
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{_text(title)}</title><style>{_CSS}{PLOT_CSS}</style></head><body>"
-        f'<header><h1>{_text(title)}</h1><p class="links">{links}</p><dl>{rows}</dl></header>'
+        f'<header><h1>{_text(title)}</h1><p class="links">{links}</p>{lead}<dl>{rows}</dl></header>'
         f"{body}<script>{_SCRIPT}</script></body></html>\n"
     )
 
@@ -276,9 +366,11 @@ for (const button of document.querySelectorAll('.choice button')) {
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #23262b; --faint: #6d737c; --paper: #f6f6f4;
-  --card: #fff; --edge: #dfe0de; --bar: #93b4d4; --bar-hover: #5c8abb; --mark: #c2410c; }
+  --card: #fff; --edge: #dfe0de; --bar: #93b4d4; --bar-hover: #5c8abb; --mark: #c2410c;
+  --good: #1e7a34; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e5e7; --faint: #9aa0a8; --paper: #17191c;
-  --card: #202327; --edge: #33373d; --bar: #4f7196; --bar-hover: #78a2cf; --mark: #fb923c; } }
+  --card: #202327; --edge: #33373d; --bar: #4f7196; --bar-hover: #78a2cf; --mark: #fb923c;
+  --hue0: #fb923c; --hue1: #78a2cf; --good: #7fc68b; --bad: #f58d80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: var(--paper);
   color: var(--ink); font: 14px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -334,6 +426,18 @@ tr:first-child th { color: var(--faint); font-size: 12px; } tr th:first-child { 
   padding-left: 2px; white-space: nowrap; }
 td small { display: block; color: var(--faint); font-size: 11px; white-space: nowrap; }
 .about table { font-size: 12px; margin-bottom: 0; } .about th, .about td { padding: 2px 7px; }
+.verdict { margin: 4px 0 16px; padding: 12px 16px; border-left: 6px solid var(--tone);
+  background: color-mix(in srgb, var(--tone) 12%, var(--card)); border-radius: 4px; }
+.verdict strong { font-size: 18px; } .verdict p { margin: 2px 0 0; }
+.passed { --tone: var(--good); } .failed { --tone: var(--bad); } .open { --tone: var(--faint); }
+.rulings th, .rulings td { text-align: left; }
+.rulings td:last-child { color: var(--tone); white-space: nowrap; }
+.rulings td.failed { font-weight: 600; }
+.rulings th small { display: block; color: var(--faint); font-size: 12px; white-space: normal; }
+.rulings tr:not(:first-child) th { font-weight: 600; } .rulings th small { font-weight: normal; }
+.dots { columns: unset; display: grid; gap: 12px;
+  grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
+.dots figure { margin: 0; max-width: 460px; }
 section h3 { margin: 18px 0 8px; font-size: 15px; }
 .plots { columns: 270px; column-gap: 12px; }
 figure { padding: 9px 10px 7px; margin-bottom: 12px; break-inside: avoid; }

@@ -144,6 +144,14 @@ class Rule(Settings):
         margin = low - self.limit if self.is_lower_limit else self.limit - high
         return margin > 0 if self.better_than else margin >= 0
 
+    @property
+    def bound(self) -> str:
+        """`limit` for people: `≥ -0.1 dB`."""
+        sign = "≥" if self.is_lower_limit else "≤"
+        if self.better_than is not None:
+            sign = ">" if self.is_lower_limit else "<"
+        return f"{sign} {self._exactly(self.limit)}"
+
     def show(self, value: float) -> str:
         """A figure of this metric, or where there is an opponent a difference, with its unit."""
         _, unit, digits = LABELS[self.metric]
@@ -336,7 +344,9 @@ def _judge_pictures(
     check: Check, rule: Rule, candidate: Evaluation, champion: Evaluation | None
 ) -> None:
     ours = _values(rule, candidate, rule.system)
-    theirs = {} if rule.opponent is None else _opponent_values(rule, candidate, champion)
+    theirs: dict[str, float] = (
+        {} if rule.opponent is None else _opponent_values(rule, candidate, champion)
+    )
     check.pictures = {key: ours[key] - theirs.get(key, 0.0) for key in rule.pictures}
     figures = check.pictures.values()
     check.value = min(figures) if rule.is_lower_limit else max(figures)

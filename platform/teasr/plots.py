@@ -1,4 +1,5 @@
-"""Small plots as SVG: what was drawn, against what should have been; one quantity over another.
+"""Small plots as SVG: what was drawn, against what should have been; one quantity over another;
+distributions over each other; two systems' figures of the same things.
 
 No library: an SVG of bars or curves is a few lines, scales, and goes into a page as text or into a
 file of its own (`document`). Colours are CSS classes (`PLOT_CSS`), so that a page may have a dark
@@ -29,7 +30,11 @@ svg.plot .axis { stroke: var(--faint, #8a8a8a); stroke-width: 1; }
 svg.plot text { fill: var(--ink, #333); }
 svg.plot text.count { fill: var(--faint, #777); }
 svg.plot .curve { fill: none; stroke: currentColor; stroke-width: 1.5; }
+svg.plot .area { fill: currentColor; opacity: .16; }
 svg.plot .dot { fill: currentColor; }
+svg.plot .diagonal { stroke: var(--faint, #8a8a8a); stroke-dasharray: 4 3; }
+svg.plot .side { fill: currentColor; }
+svg.plot .spread .dot { opacity: .75; }
 svg.plot .hue0 { color: var(--hue0, #c2410c); }
 svg.plot .hue1 { color: var(--hue1, #2563a8); }
 svg.plot .hue2 { color: var(--hue2, #4d7c0f); }
@@ -39,6 +44,7 @@ svg.plot .hue4 { color: var(--hue4, #8a6d00); }
 
 _HUES = 5
 _CURVE_HEIGHT = 200
+_SCATTER_HEIGHT = 286
 _BINS = 24
 _LABELLED = 10
 _ROW = 19
@@ -116,19 +122,69 @@ class Curves:
         return sum(map(len, self.curves.values()))
 
 
-Plot = Numbers | Choices
+@dataclass(frozen=True)
+class Overlaid:
+    """The distributions of one figure in several sets, over each other.
+
+    Attributes:
+        title: what it is, with its unit.
+        sets: values by name, at most five; each is drawn as shares of its own number.
+    """
+
+    title: str
+    sets: Mapping[str, NDArray[np.float64]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sets.values()))
 
 
-def svg(plot: Plot | Curves) -> str:
-    """The plot as an `<svg>` element: curves with a legend; or bars, and where it is known the
-    expectation as a line, with a band of two standard deviations of what that many draws give by
-    chance."""
+@dataclass(frozen=True)
+class Scatter:
+    """One quantity of the same things twice, such as by two systems, a dot for each thing.
+
+    Attributes:
+        title: the quantity, with its unit.
+        x, y: whose it is.
+        points: `label` names the thing.
+        better: which way of the quantity is better, `higher` or `lower`.
+    """
+
+    title: str
+    x: str
+    y: str
+    points: Sequence[Point]
+    better: str = "higher"
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @property
+    def wins(self) -> int:
+        """Of how many things y is better than x."""
+        return sum(map(self.is_better, self.points))
+
+    def is_better(self, point: Point) -> bool:
+        """Whether y is better than x."""
+        return point.y > point.x if self.better == "higher" else point.y < point.x
+
+
+Plot = Numbers | Choices | Overlaid
+
+
+def svg(plot: Plot | Curves | Scatter) -> str:
+    """The plot as an `<svg>` element: curves or outlines with a legend; dots about the diagonal; or
+    bars, and where it is known the expectation as a line, with a band of two standard deviations of
+    what that many draws give by chance."""
     if isinstance(plot, Curves):
         return _curves(plot)
+    if isinstance(plot, Scatter):
+        return _scatter(plot)
+    if isinstance(plot, Overlaid):
+        return _overlaid(plot)
     return _choices(plot) if isinstance(plot, Choices) else _numbers(plot)
 
 
-def document(plot: Plot | Curves, width: int = 2 * WIDTH) -> str:
+def document(plot: Plot | Curves | Scatter, width: int = 2 * WIDTH) -> str:
     """The plot as an SVG file, on white, `width` pixels wide."""
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}"'
     element = svg(plot).replace("<svg", opening, 1)
@@ -277,8 +333,7 @@ def _choices(plot: Choices) -> str:
 
 
 def _curves(plot: Curves) -> str:
-    if len(plot.curves) > _HUES:
-        raise ValueError(f"at most {_HUES} curves are told apart, {len(plot.curves)} given")
+    _check_hues(len(plot.curves))
     points = [point for curve in plot.curves.values() for point in curve] or [Point(1, 0)]
     left, right, top, bottom = 40.0, WIDTH - 12.0, 38.0, _CURVE_HEIGHT - 30.0
     scale = math.log10 if plot.logarithmic else float
@@ -326,6 +381,95 @@ def _curves(plot: Curves) -> str:
         )
         legend += 26 + 5.2 * len(name)  # about the width of a letter
     return _frame(plot.title, _CURVE_HEIGHT, parts)
+
+
+def _overlaid(plot: Overlaid) -> str:
+    _check_hues(len(plot.sets))
+    left, right, top, bottom = 6.0, WIDTH - 6.0, 24.0, HEIGHT + 8.0
+    together = np.concatenate([np.asarray(of, np.float64) for of in plot.sets.values()] or [[0.0]])
+    low, high = float(together.min(initial=np.inf)), float(together.max(initial=-np.inf))
+    low, high = (low, high) if low < high else _wide(low, high)
+    edges = np.linspace(low, high, _BINS + 1)
+    shares = {name: np.histogram(of, edges)[0] / max(len(of), 1) for name, of in plot.sets.items()}
+    most = max((float(share.max()) for share in shares.values()), default=1.0) or 1.0
+
+    def x(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    parts = []
+    legend = left
+    for hue, (name, share) in enumerate(shares.items()):
+        heights = bottom - (bottom - top) * share / most
+        steps = [f"{x(edges[i + k]):.1f},{heights[i]:.1f}" for i in range(_BINS) for k in (0, 1)]
+        outline = " ".join([f"{left},{bottom}", *steps, f"{right},{bottom}"])
+        text = html.escape(f"{name} ({len(plot.sets[name])})")
+        parts.append(
+            f'<g class="hue{hue}"><polygon class="area" points="{outline}"/>'
+            f'<polyline class="curve" points="{outline}"><title>{text}</title></polyline>'
+            f'<path class="curve" d="M{legend:g} 9h12"/>'
+            f'<text x="{legend + 15:g}" y="12">{text}</text></g>'
+        )
+        legend += 26 + 5.2 * len(text)  # about the width of a letter
+    parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    for tick in ticks(low, high):
+        parts.append(
+            f'<path class="axis" d="M{x(tick):.1f} {bottom}v3"/>'
+            f'<text x="{x(tick):.1f}" y="{bottom + 14}" '
+            f'text-anchor="{_anchor(x(tick), left, right)}">{tick:g}</text>'
+        )
+    return _frame(plot.title, bottom + 18, parts)
+
+
+def _check_hues(count: int) -> None:
+    if count > _HUES:
+        raise ValueError(f"at most {_HUES} curves are told apart, {count} given")
+
+
+def _scatter(plot: Scatter) -> str:
+    left, right, top, bottom = 40.0, WIDTH - 10.0, 8.0, _SCATTER_HEIGHT - 28.0
+    values = [value for p in plot.points for value in (p.x, p.y)] or [0.0]
+    low, high = _wide(min(values), max(values))  # of both axes: equal values are the diagonal
+
+    def x(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    parts = [
+        f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>'
+        f'<path class="diagonal" d="M{left} {bottom}L{right} {top}"/>'
+    ]
+    for tick in ticks(low, high):
+        parts.append(
+            f'<path class="axis" d="M{x(tick):.1f} {bottom}v3M{left} {y(tick):.1f}h-3"/>'
+            f'<text x="{x(tick):.1f}" y="{bottom + 13}" text-anchor="middle">{tick:g}</text>'
+            f'<text x="{left - 5}" y="{y(tick) + 3:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    above, below = "hue1", "hue0"
+    words = [("better", above), ("worse", below)]
+    if plot.better == "lower":
+        words.reverse()
+    for (word, hue), (place, height, anchor) in zip(
+        words, ((left + 8, top + 12, "start"), (right - 4, bottom - 8, "end"))
+    ):
+        parts.append(
+            f'<text class="side {hue}" x="{place}" y="{height}" text-anchor="{anchor}">'
+            f"{html.escape(plot.y)} {word}</text>"
+        )
+    parts.append(
+        f'<text class="count" x="{right}" y="{_SCATTER_HEIGHT - 3}" text-anchor="end">'
+        f'{html.escape(plot.x)}</text><text class="count" text-anchor="end" '
+        f'transform="translate(9 {top}) rotate(-90)">{html.escape(plot.y)}</text><g class="spread">'
+    )
+    for p in plot.points:
+        about = html.escape(f"{p.label}: {plot.y} {p.y:.4g}, {plot.x} {p.x:.4g}")
+        hue = above if plot.is_better(p) else below
+        parts.append(
+            f'<circle class="dot {hue}" cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="3">'
+            f"<title>{about}</title></circle>"
+        )
+    return _frame(plot.title, _SCATTER_HEIGHT, [*parts, "</g>"])
 
 
 def _wide(low: float, high: float) -> tuple[float, float]:
