@@ -1,8 +1,8 @@
 """The command line. Every command ends by saying what was made and what to run next.
 
 Exit codes: 0 done; 1 the work could not be done (a gate refused, a server is away, pictures
-failed); 2 the request itself is wrong; 75 a training was asked to end and goes on when the command
-is given again. A user's mistake is told in one line; a traceback is for
+failed) or the answer is no (drift, other data); 2 the request itself is wrong; 75 a training was
+asked to end, or another is running, and the same command goes on later. A user's mistake is told in one line; a traceback is for
 our own bugs. Heavy libraries are imported by the command that needs them, so that `--help`
 answers at once.
 """
@@ -10,7 +10,7 @@ answers at once.
 from __future__ import annotations
 
 import errno
-import os
+import json
 import signal
 import sys
 from collections import Counter
@@ -21,8 +21,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from jobs import data
+from jobs import data, schedule
 from jobs.console import console, errors, progress_bar, say, suggest
+from jobs.options import Home, Overrides
+from jobs.options import home_folder as _home
 from teasr.errors import TeasrError, UsageError
 
 app = typer.Typer(
@@ -34,17 +36,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(data.app)
+app.add_typer(schedule.app)
 
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        "--home", help="Folder of runs and models [default: $TEASR_HOME or ./teasr-home]."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: training.minutes=30."),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and stop.")]
 MODEL_HELP = (
     "Model: models:/NAME@champion, models:/NAME/VERSION, a folder of weights, or a built-in "
@@ -518,18 +511,89 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address; anything but loopback is open to the network.")
     ] = "127.0.0.1",
+    replicas: Annotated[
+        int, typer.Option(help="Processes, by Ray Serve when more than one.", min=1)
+    ] = 1,
+    poll: Annotated[
+        float | None,
+        typer.Option(help="Seconds between looks at where an alias points. [default: 5]"),
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Of a picture that comes in. [default: 4 million]")
+    ] = None,
+    max_megabytes: Annotated[
+        float | None, typer.Option(help="Of a request, in MiB. [default: 32]")
+    ] = None,
+    queue: Annotated[
+        int | None, typer.Option(help="Pictures accepted at a time. [default: 32]")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that a request may take. [default: 120]")
+    ] = None,
+    record_inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep statistics of the pictures that come in."),
+    ] = None,
     home: Home = None,
 ) -> None:
-    """Serve a model over HTTP (MLflow's scoring server) until interrupted."""
+    """Serve a model over HTTP until interrupted: a page at /, batches, reloading, metrics."""
     _home(home)
-    from teasr.serving import ScoringServer
+    from teasr import registry
+    from teasr.server.settings import ServerSettings
+    from teasr.serving import check_port
 
-    with ScoringServer(model, port, host=host) as server:
+    given = {
+        "poll": poll,
+        "max_pixels": max_pixels,
+        "max_megabytes": max_megabytes,
+        "queue": queue,
+        "timeout": timeout,
+        "record_inputs": record_inputs and record_inputs.expanduser().absolute(),
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    settings = ServerSettings.from_mapping(chosen, "command line")
+    check_port(host, port)
+    url = f"http://{host}:{port}"
+
+    def started(version: str) -> None:
         say(
-            f"{server.version} answers at {server.url}/invocations (Ctrl-C ends)",
-            f"curl {server.url}/invocations -H 'Content-Type: application/json' -d "
-            '\'{"dataframe_records": [{"image": "BASE64"}], "params": {"steps": 1}}\'',
+            f"{version} answers at {url} (Ctrl-C ends)",
+            f"curl --data-binary @YOUR.jpg '{url}/restore?steps=1' -o restored.png",
         )
+
+    if replicas == 1:
+        from teasr.server.run import serve as run
+
+        run(model, settings, host, port, started)
+        return
+    from jobs.serve_replicas import serve_replicas
+
+    version = registry.describe(model)
+    serve_replicas(model, settings, host, port, replicas, lambda: started(version))
+
+
+@app.command()
+def mlflow(
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5000,
+    host: Annotated[
+        str, typer.Option(help="Address; anything but loopback needs --auth.")
+    ] = "127.0.0.1",
+    auth: Annotated[
+        bool,
+        typer.Option(
+            help="Ask for passwords; the administrator's name and password are "
+            "$MLFLOW_TRACKING_USERNAME and $MLFLOW_TRACKING_PASSWORD."
+        ),
+    ] = False,
+    home: Home = None,
+) -> None:
+    """MLflow's server and pages on the runs of the working folder, until interrupted."""
+    root = _home(home)
+    from teasr.tracking_server import TrackingServer
+
+    with TrackingServer(root, port, host=host, auth=auth) as server:
+        say(f"runs and models of {root} at {server.url} (Ctrl-C ends)")
+        suggest(f"MLFLOW_TRACKING_URI={server.url} teasr distill teasr-s-cpu data=DATA")
         server.wait()
 
 
@@ -629,16 +693,23 @@ def retrain(
         str, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped recipe.")
     ],
     overrides: Overrides = None,
+    result_file: Annotated[
+        Path | None, typer.Option("--result", help="JSON file for what it came to.")
+    ] = None,
     home: Home = None,
 ) -> None:
     """The journey from photographs to promotion, once; does nothing when there is nothing new."""
     root = _home(home)
-    from jobs.figures import table
+    from jobs.evaluate import table
     from jobs.recipe import load_recipe
     from jobs.retrain import retrain as run
+    from teasr.shards import write_bytes
 
     loaded = load_recipe(recipe, overrides or [])
     result = run(loaded, root)
+    if result_file is not None:
+        document = {"version": result.version, "promoted": result.promoted, "new": result.new}
+        write_bytes(str(result_file.absolute()), (json.dumps(document) + "\n").encode())
     if not result.new:
         say(f"nothing new to learn from: version {result.version} stands")
         return
@@ -650,6 +721,51 @@ def retrain(
         )
     say(f"version {result.version} of '{loaded.model}' is the champion")
     suggest(f"teasr serve models:/{loaded.model}@champion")
+
+
+@app.command()
+def drift(
+    name: Name,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="Recorded inputs [default: those of NAME in the working folder]."),
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Look back so far: 12h, 7d [default: all].")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Compare with these recorded inputs, not with the training."),
+    ] = None,
+    significance: Annotated[
+        float, typer.Option(help="Chance of a false alarm.", min=1e-9, max=0.5)
+    ] = 0.01,
+    stability: Annotated[
+        float, typer.Option(help="Population stability index above which it matters.", min=0)
+    ] = 0.25,
+    pictures: Annotated[int, typer.Option(help="Fewest pictures.", min=10)] = 50,
+    out: Annotated[Path | None, typer.Option(help="HTML page with the distributions.")] = None,
+    home: Home = None,
+) -> None:
+    """Do inputs look like what the champion learned from? Exit code 1 when they do not."""
+    root = _home(home)
+    from jobs import drift as job
+    from teasr.drift import DriftSettings
+    from teasr.shards import write_bytes
+    from teasr.tracking import connect
+
+    limits = DriftSettings(significance=significance, stability=stability, pictures=pictures)
+    start = None if since is None else job.ago(since)
+    result = job.drift(
+        connect(root), name, root, inputs=inputs, since=start, reference=reference, settings=limits
+    )
+    console.print(job.table(result))
+    if out is not None:
+        write_bytes(str(out.absolute()), job.page(result).encode())
+        say(f"to look at: {out}")
+    if result.figures:
+        raise TeasrError(f"The inputs of '{name}' drifted: {', '.join(result.figures)}.")
+    say(f"no drift in {result.inputs.pictures} pictures")
 
 
 @app.command()
@@ -666,13 +782,6 @@ def doctor(home: Home = None) -> None:
             console.print(f"    {finding.advice}", highlight=False)
     if any(finding.good is False for finding in findings):
         raise TeasrError("Something that teasr needs is missing, see above.")
-
-
-def _home(given: Path | None) -> Path:
-    """The working folder: `--home`, $TEASR_HOME or the default; set for all that runs below us."""
-    if given is not None:
-        os.environ["TEASR_HOME"] = str(given.expanduser().absolute())
-    return Path(os.environ.get("TEASR_HOME") or "teasr-home").expanduser().absolute()
 
 
 def _numbers(text: str, option: str = "--steps") -> tuple[int, ...]:
