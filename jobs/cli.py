@@ -2,9 +2,9 @@
 
 Exit codes: 0 done; 1 the work could not be done (a gate refused, a server is away, pictures
 failed) or the answer is no (drift, other data); 2 the request itself is wrong; 75 a training was
-asked to end, or another is running, and the same command goes on later. A user's mistake is told in one line; a traceback is for
-our own bugs. Heavy libraries are imported by the command that needs them, so that `--help`
-answers at once.
+asked to end, or another is running, and the same command goes on later. A user's mistake is told in
+one line; a traceback is for our own bugs. Heavy libraries are imported by the command that needs
+them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -408,21 +408,47 @@ def ablate(
 def promote(
     name: Name,
     version: Annotated[int | None, typer.Option(help="[default: the challenger]")] = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="YAML file of rules [default: the built-in ones].")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe whose gate to use.")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="The pairs it was measured on, for the report [default: as noted]."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report here too; with --dry-run, only here.")
+    ] = None,
     home: Home = None,
     dry_run: DryRun = False,
 ) -> None:
     """Put a version through the gate; when it passes, it becomes the champion."""
+    if gate and recipe:
+        raise UsageError("--gate and --recipe both name a gate.", "Give one of them.")
     root = _home(home)
+    from jobs import gate_report
     from jobs.recipe import load_recipe
     from teasr import promotion, tracking
+    from teasr.gate import GateSettings
+    from teasr.shards import write_bytes
 
-    gate = load_recipe(recipe).gate if recipe else None
-    result = promotion.promote(tracking.connect(root), name, version, gate, dry_run)
+    rules = GateSettings.load(gate) if gate else load_recipe(recipe).gate if recipe else None
+    client = tracking.connect(root)
+    page = None
+    if dry_run and report is None:
+        result = promotion.promote(client, name, version, rules, dry_run=True)
+    else:
+        result, page = gate_report.promote(client, name, version, rules, benchmark, dry_run)
     assert result.verdict is not None
     for check in result.verdict.checks:
         mark = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]-[/]"}[check.passed]
-        console.print(f"{mark} {check.name}: {check.detail}")
+        told = escape(f"{check.name}: {check.detail}")
+        console.print(f"{mark} {told}", highlight=False, soft_wrap=True)
+    if page is not None and report is not None:
+        write_bytes(str(report.absolute()), page.html.encode())
+        say(f"report in {report}")
+    if page is not None and page.no_pictures:
+        say(f"the report shows no pictures: {page.no_pictures}")
     if dry_run:
         say("nothing was changed (dry run)")
         return
@@ -448,9 +474,12 @@ def rollback(
 ) -> None:
     """Make the previous champion the champion again; recorded like a promotion."""
     root = _home(home)
-    from teasr import promotion, tracking
+    from teasr import lineage, promotion, tracking
 
-    result = promotion.rollback(tracking.connect(root), name, to, dry_run)
+    client = tracking.connect(root)
+    result = promotion.rollback(client, name, to, dry_run)
+    if not dry_run:
+        lineage.describe(client, name, result.version, result.replaced)
     verb = "would become" if dry_run else "is"
     say(f"version {result.version} of '{name}' {verb} the champion (was: {result.replaced})")
     suggest(f"teasr history {name}")
@@ -470,9 +499,9 @@ def history(
 
     client = tracking.connect(root)
     if version is not None:
-        details = lineage.version_details(client, name, version)
-        for key, value in vars(details).items():
-            console.print(f"{key:>10}  {value}")
+        from jobs.history import screen
+
+        console.print(screen(lineage.version_details(client, name, version)))
         return
     versions = registry.list_versions(client, name)
     listing = Table("version", "aliases", title=f"Versions of {name}", title_justify="left")
@@ -700,13 +729,13 @@ def retrain(
 ) -> None:
     """The journey from photographs to promotion, once; does nothing when there is nothing new."""
     root = _home(home)
-    from jobs.evaluate import table
+    from jobs.figures import table
     from jobs.recipe import load_recipe
     from jobs.retrain import retrain as run
     from teasr.shards import write_bytes
 
     loaded = load_recipe(recipe, overrides or [])
-    result = run(loaded, root)
+    result = run(loaded, root, recipe)
     if result_file is not None:
         document = {"version": result.version, "promoted": result.promoted, "new": result.new}
         write_bytes(str(result_file.absolute()), (json.dumps(document) + "\n").encode())

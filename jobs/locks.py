@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 from teasr.errors import TeasrError
 from teasr.shards import write_bytes
 
+_PATIENCE = 0.3  # seconds, since `holder` takes the lock to look
+
 
 class Busy(TeasrError):  # noqa: N818
     """Another process is at it (exit 75, `EX_TEMPFAIL`: the same command works later)."""
@@ -38,7 +40,7 @@ def only_one(path: Path, doing: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE)
     except Timeout:
         where = f"{path.parent}{_holder(about)}"
         raise Busy(f"{doing} is running in {where}.", "Wait for it to end.") from None
@@ -49,6 +51,17 @@ def only_one(path: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def holder(path: Path) -> str | None:
+    """Who is within `only_one(path)`, for people; None when nobody is."""
+    if not path.exists():
+        return None
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return None
+    except Timeout:
+        return _holder(path.with_name(f"{path.name}.json")).strip(" ()") or "somebody"
 
 
 def _holder(about: Path) -> str:

@@ -11,7 +11,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from teasr.plots import PLOT_CSS, Plot, Scatter, svg
+from teasr.plots import PLOT_CSS, Overlaid, Plot, Scatter, svg
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def verdict_page(
     rows = "".join(_ruling(ruling) for ruling in rulings)
     body = (
         '<h2 id="rules">Rules</h2><div class="table"><table class="rulings"><tr><th>rule</th>'
-        f"<th>found</th><th>allowed</th><th>result</th></tr>{rows}</table></div>"
+        f"<th>result</th><th>found</th><th>allowed</th></tr>{rows}</table></div>"
         f'<h2 id="figures">Figures</h2>{_table(figures)}<p class="hint">{_text(about_figures)}</p>'
     )
     if plots:
@@ -205,6 +205,24 @@ def verdict_page(
     return _document(title, facts, "", body, lead)
 
 
+def figures_page(
+    title: str,
+    facts: Mapping[str, str],
+    figures: Figures,
+    about_figures: str,
+    plots: Mapping[str, Sequence[Overlaid]],
+    about_plots: str,
+) -> str:
+    """A table of figures and the distributions behind it, as HTML text; arguments as of `page` and
+    `comparison_page`."""
+    body = (
+        f'<h2 id="figures">Figures</h2>{_table(figures)}<p class="hint">{_text(about_figures)}</p>'
+        f'<h2 id="plots">Distributions</h2><p class="hint">{_text(about_plots)}</p>'
+    )
+    body += "".join(_group(name, group) for name, group in plots.items())
+    return _document(title, facts, "", body)
+
+
 def _ruling(ruling: Ruling) -> str:
     words, kind = {
         True: ("✓ passed", "passed"),
@@ -213,7 +231,7 @@ def _ruling(ruling: Ruling) -> str:
     }[ruling.passed]
     return (
         f"<tr><th>{_text(ruling.name)}<small>{_text(ruling.rule)}</small></th>"
-        f'{_cell(ruling.figure)}{_cell(ruling.limit)}<td class="{kind}">{words}</td></tr>'
+        f'<td class="{kind}">{words}</td>{_cell(ruling.figure)}{_cell(ruling.limit)}</tr>'
     )
 
 
@@ -319,7 +337,7 @@ def _part(heading: str, lines: Sequence[str]) -> str:
     return f"{f'<h4>{_text(heading)}</h4>' if heading else ''}<ol>{items}</ol>"
 
 
-def _group(name: str, plots: Sequence[Plot]) -> str:
+def _group(name: str, plots: Sequence[Plot | Overlaid]) -> str:
     figures = "".join(
         f"<figure><figcaption>{_text(plot.title)}<span>n = {len(plot)}</span>"
         f"</figcaption>{svg(plot)}</figure>"
@@ -431,7 +449,7 @@ td small { display: block; color: var(--faint); font-size: 11px; white-space: no
 .verdict strong { font-size: 18px; } .verdict p { margin: 2px 0 0; }
 .passed { --tone: var(--good); } .failed { --tone: var(--bad); } .open { --tone: var(--faint); }
 .rulings th, .rulings td { text-align: left; }
-.rulings td:last-child { color: var(--tone); white-space: nowrap; }
+.rulings th + td { color: var(--tone); white-space: nowrap; }
 .rulings td.failed { font-weight: 600; }
 .rulings th small { display: block; color: var(--faint); font-size: 12px; white-space: normal; }
 .rulings tr:not(:first-child) th { font-weight: 600; } .rulings th small { font-weight: normal; }

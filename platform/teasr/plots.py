@@ -168,10 +168,10 @@ class Scatter:
         return point.y > point.x if self.better == "higher" else point.y < point.x
 
 
-Plot = Numbers | Choices | Overlaid
+Plot = Numbers | Choices
 
 
-def svg(plot: Plot | Curves | Scatter) -> str:
+def svg(plot: Plot | Curves | Scatter | Overlaid) -> str:
     """The plot as an `<svg>` element: curves or outlines with a legend; dots about the diagonal; or
     bars, and where it is known the expectation as a line, with a band of two standard deviations of
     what that many draws give by chance."""
@@ -184,7 +184,7 @@ def svg(plot: Plot | Curves | Scatter) -> str:
     return _choices(plot) if isinstance(plot, Choices) else _numbers(plot)
 
 
-def document(plot: Plot | Curves | Scatter, width: int = 2 * WIDTH) -> str:
+def document(plot: Plot | Curves | Scatter | Overlaid, width: int = 2 * WIDTH) -> str:
     """The plot as an SVG file, on white, `width` pixels wide."""
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}"'
     element = svg(plot).replace("<svg", opening, 1)
@@ -386,8 +386,8 @@ def _curves(plot: Curves) -> str:
 def _overlaid(plot: Overlaid) -> str:
     _check_hues(len(plot.sets))
     left, right, top, bottom = 6.0, WIDTH - 6.0, 24.0, HEIGHT + 8.0
-    together = np.concatenate([np.asarray(of, np.float64) for of in plot.sets.values()] or [[0.0]])
-    low, high = float(together.min(initial=np.inf)), float(together.max(initial=-np.inf))
+    together = [float(value) for of in plot.sets.values() for value in of] or [0.0]
+    low, high = min(together), max(together)
     low, high = (low, high) if low < high else _wide(low, high)
     edges = np.linspace(low, high, _BINS + 1)
     shares = {name: np.histogram(of, edges)[0] / max(len(of), 1) for name, of in plot.sets.items()}
