@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs.figures import ORIGINAL, cut_for_page, directed_heading, figure, mean_and_interval
-from teasr import registry
+from teasr import lineage, promotion, registry
 from teasr.backbones import load_model
 from teasr.errors import TeasrError
 from teasr.evaluation import BICUBIC, CONFIDENCE, DRAWS, LABELS, METRICS, Evaluation, system_name
@@ -22,7 +22,7 @@ from teasr.gallery import Figures, Ruling, Scene, verdict_page
 from teasr.gate import CHAMPION, PSNR_CEILING, Check, GateSettings, Rule, Verdict, decide
 from teasr.images import Bytes, decode, encode
 from teasr.plots import Point, Scatter
-from teasr.promotion import Contest
+from teasr.promotion import Contest, Promotion
 from teasr.restoration import RestorationSettings, restore
 from teasr.shards import join_url, read_manifest, read_shard
 
@@ -84,6 +84,32 @@ def draw(
     except (TeasrError, OSError) as error:
         missing = str(error)
     return Report(_page(sides, decide(candidate, champion, gate), gate, scenes, missing), missing)
+
+
+def promote(
+    client: MlflowClient,
+    name: str,
+    version: int | None = None,
+    gate: GateSettings | None = None,
+    benchmark: str | None = None,
+    dry_run: bool = False,
+) -> tuple[Promotion, Report]:
+    """`teasr.promotion.promote` with the report: drawn before anything moves, an artifact of the
+    candidate's training run, named in the record. Pages of the versions are brought up to date.
+
+    Args:
+        benchmark: as of `draw`.
+        dry_run: draw the report and change nothing.
+    """
+    gate = gate or GateSettings()
+    between = promotion.contest(client, name, version)
+    report = draw(client, name, between, gate, benchmark)
+    if dry_run:
+        return promotion.promote(client, name, gate=gate, dry_run=True, between=between), report
+    uri = log(client, name, between, report)
+    outcome = promotion.promote(client, name, gate=gate, report=uri, between=between)
+    lineage.describe(client, name, outcome.version, outcome.replaced)
+    return outcome, report
 
 
 def log(client: MlflowClient, name: str, between: Contest, report: Report) -> str | None:
@@ -254,7 +280,8 @@ def _page(
         f"{CONFIDENCE:.0%} interval: {DRAWS:,} bootstrap resamples of the pictures. Rules compare "
         "picture by picture, which tells smaller differences than these intervals do.",
         dots,
-        f"Each dot is a picture; on the dashed line {sides.ours} and {sides.theirs} are equal.",
+        f"Each dot is a picture; on the dashed line {sides.ours} and {sides.theirs} are equal. "
+        "A dot under the pointer tells its name.",
         scenes,
         about_scenes if scenes else f"None are shown: {missing}",
         (left, sides.ours),
@@ -263,9 +290,10 @@ def _page(
 
 def _sentences(sides: _Sides, verdict: Verdict) -> list[str]:
     champion = sides.between.champion
-    if not verdict.passed:
-        stays = "there is no champion yet" if champion is None else f"version {champion} stays"
-        headline = f"Refused: {stays}."
+    if not verdict.passed and champion is None:
+        headline = "Refused: there is no champion yet."
+    elif not verdict.passed:
+        headline = f"Refused: version {champion} stays the champion."
     elif champion is None:
         headline = f"Passed: {sides.ours} may become the first champion."
     else:

@@ -62,7 +62,7 @@ def quickstart(recipe: Recipe, home: Path) -> Quickstarted:
         UsageError, TeasrError: as `jobs.retrain.retrain`; and when the server does not start or
             answers another picture than the model makes here.
     """
-    retrained = retrain(recipe, home)
+    retrained = retrain(recipe, home, "quickstart")
     steps = Steps(home / "steps" / recipe.model)
     client = connect(home)
     champion = promotion.champion_version(client, recipe.model)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
+from jobs import gate_report
 from jobs.distill import distill
 from jobs.evaluate import EVALUATION_FILE, evaluate
 from jobs.locks import only_one
@@ -32,12 +33,12 @@ from jobs.steps import Steps
 from pipelines.ingest import MOST_SHRINK, file_stamps, ingest, is_picture
 from pipelines.inputs import training_inputs
 from pipelines.synthesize import synthesize
-from teasr import promotion, registry, tracking
+from teasr import lineage, promotion, registry, tracking
 from teasr.drift import REFERENCE_FILE
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import BICUBIC, Evaluation, system_name
 from teasr.images import decode
-from teasr.shards import content_hash, read_manifest, write_bytes
+from teasr.shards import absolute_url, content_hash, read_manifest, write_bytes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,8 +65,11 @@ class Retrained:
     files: Path
 
 
-def retrain(recipe: Recipe, home: Path) -> Retrained:
+def retrain(recipe: Recipe, home: Path, recipe_name: str = "") -> Retrained:
     """Run the journey of `recipe` in `home`.
+
+    Args:
+        recipe_name: what the recipe is called, for the record.
 
     Raises:
         UsageError: no photographs, or a recipe that does not fit.
@@ -75,7 +79,7 @@ def retrain(recipe: Recipe, home: Path) -> Retrained:
     """
     with only_one(home / f"{recipe.model}.lock", f"A retraining of '{recipe.model}'"):
         try:
-            return _retrain(recipe, home)
+            return _retrain(recipe, home, recipe_name)
         except SystemExit as end:
             if end.code != 128 + signal.SIGTERM:
                 raise
@@ -84,7 +88,7 @@ def retrain(recipe: Recipe, home: Path) -> Retrained:
             ) from None
 
 
-def _retrain(recipe: Recipe, home: Path) -> Retrained:
+def _retrain(recipe: Recipe, home: Path, recipe_name: str) -> Retrained:
     steps = Steps(home / "steps" / recipe.model)
     client = tracking.connect(home)
     data, held_out, pairs = (home / "data" / name for name in ("train", "held-out", "benchmark"))
@@ -143,8 +147,9 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
         inputs = training_inputs(recipe.data, recipe.feed)
         client.log_text(trained["run_id"], inputs.to_json(), REFERENCE_FILE)
         uri = registry.log_model(client, trained["run_id"], Path(trained["model"]), recipe.model)
-        tags = {"dataset": learned["data"]}
+        tags = _origin(client, recipe, recipe_name)
         version = registry.register(client, trained["run_id"], uri, recipe.model, evaluation, tags)
+        lineage.describe(client, recipe.model, version)
         client.set_terminated(trained["run_id"])
         return {
             "version": version,
@@ -158,7 +163,10 @@ def _retrain(recipe: Recipe, home: Path) -> Retrained:
         # Promoted before, by this step when it was cut off or by hand.
         if promotion.champion_version(client, recipe.model) == version:
             return {"promoted": True, "summary": f"version {version} is the champion"}
-        outcome = promotion.promote(client, recipe.model, version, recipe.gate)
+        outcome, _ = gate_report.promote(
+            client, recipe.model, version, recipe.gate, recipe.benchmark
+        )
+        assert outcome.verdict is not None
         failed = [check.detail for check in outcome.verdict.checks if check.passed is False]
         return {
             "promoted": outcome.promoted,
@@ -249,13 +257,36 @@ def _is_usable(url: str, min_side: int) -> bool:
 
 def _champion(client: MlflowClient, recipe: Recipe) -> str | None:
     """What a warm start begins from; None without one, and before the first champion."""
-    if not recipe.warm_start:
-        return None
-    try:
-        version = promotion.champion_version(client, recipe.model)
-    except UsageError:  # the model has no version yet
-        return None
+    version = _live(client, recipe.model) if recipe.warm_start else None
     return None if version is None else f"models:/{recipe.model}/{version}"
+
+
+def _live(client: MlflowClient, model: str) -> int | None:
+    """The champion's version; None before the first one, and for a model without versions."""
+    try:
+        return promotion.champion_version(client, model)
+    except UsageError:
+        return None
+
+
+def _origin(client: MlflowClient, recipe: Recipe, recipe_name: str) -> dict[str, str | None]:
+    """What a version notes of where it comes from, beside what its training run has noted."""
+    assert recipe.data is not None and recipe.benchmark is not None
+    manifest = read_manifest(recipe.data)
+    shares = recipe.feed.presets
+    mixture = ", ".join(
+        f"{name} {share:.0%}" if len(shares) > 1 else name for name, share in shares.items()
+    )
+    champion = _live(client, recipe.model)
+    return {
+        "dataset": manifest.fingerprint,
+        "data_size": f"{manifest.samples} photographs in {len(manifest.shards)} shards",
+        "degradation": mixture,
+        "benchmark_location": tracking.mask_credentials(absolute_url(recipe.benchmark)),
+        "recipe": recipe_name or None,
+        "init": recipe.init,
+        "champion": "none, as the first" if champion is None else f"version {champion}",
+    }
 
 
 def _learning(recipe: Recipe) -> dict[str, Any]:

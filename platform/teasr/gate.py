@@ -142,7 +142,7 @@ class Rule(Settings):
         """Whether figures, or differences, from `low` to `high` are on the right side of `limit`;
         on it is enough but for `better_than`."""
         margin = low - self.limit if self.is_lower_limit else self.limit - high
-        return margin > 0 if self.better_than else margin >= 0
+        return bool(margin > 0 if self.better_than else margin >= 0)
 
     @property
     def bound(self) -> str:
