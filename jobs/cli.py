@@ -38,6 +38,10 @@ app = typer.Typer(
 app.add_typer(data.app)
 app.add_typer(schedule.app)
 
+OnChange = Annotated[
+    str | None,
+    typer.Option(help="Command to run after the champion changed [default: $TEASR_ON_CHANGE]."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and stop.")]
 MODEL_HELP = (
     "Model: models:/NAME@champion, models:/NAME/VERSION, a folder of weights, or a built-in "
@@ -419,6 +423,7 @@ def promote(
     report: Annotated[
         Path | None, typer.Option(help="Write the report here too; with --dry-run, only here.")
     ] = None,
+    on_change: OnChange = None,
     home: Home = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -460,6 +465,7 @@ def promote(
             else "There is no champion yet.",
         )
     say(f"version {result.version} of '{name}' is the champion (was: {result.replaced or 'none'})")
+    _tell_hook(promotion.run_hook(client, result, on_change))
     suggest(f"teasr serve models:/{name}@champion", f"teasr rollback {name}")
 
 
@@ -469,6 +475,7 @@ def rollback(
     to: Annotated[
         int | None, typer.Option(help="Version [default: the previous champion].")
     ] = None,
+    on_change: OnChange = None,
     home: Home = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -482,6 +489,7 @@ def rollback(
         lineage.describe(client, name, result.version, result.replaced)
     verb = "would become" if dry_run else "is"
     say(f"version {result.version} of '{name}' {verb} the champion (was: {result.replaced})")
+    _tell_hook(promotion.run_hook(client, result, on_change))
     suggest(f"teasr history {name}")
 
 
@@ -740,7 +748,8 @@ def retrain(
         document = {"version": result.version, "promoted": result.promoted, "new": result.new}
         write_bytes(str(result_file.absolute()), (json.dumps(document) + "\n").encode())
     if not result.new:
-        say(f"nothing new to learn from: version {result.version} stands")
+        became = "became the champion" if result.promoted else "was refused by the gate"
+        say(f"nothing new to learn from; version {result.version} {became} before")
         return
     console.print(table(result.evaluation))
     if not result.promoted:
@@ -811,6 +820,11 @@ def doctor(home: Home = None) -> None:
             console.print(f"    {finding.advice}", highlight=False)
     if any(finding.good is False for finding in findings):
         raise TeasrError("Something that teasr needs is missing, see above.")
+
+
+def _tell_hook(result: str | None) -> None:
+    if result is not None:
+        say(f"the command for changes: {result}")
 
 
 def _numbers(text: str, option: str = "--steps") -> tuple[int, ...]:

@@ -167,6 +167,7 @@ def _retrain(recipe: Recipe, home: Path, recipe_name: str) -> Retrained:
             client, recipe.model, version, recipe.gate, recipe.benchmark
         )
         assert outcome.verdict is not None
+        promotion.run_hook(client, outcome)
         failed = [check.detail for check in outcome.verdict.checks if check.passed is False]
         return {
             "promoted": outcome.promoted,
