@@ -104,7 +104,7 @@ def list_schedules(home: Home = None) -> None:
 
     store, moment = Store(root), datetime.now(UTC)
     shown = Table(
-        *("schedule", "model", "when", "next", "last", "took", "version", "missed"),
+        *("schedule", "when", "next", "last", "took", "version", "missed"),
         title=f"Schedules in {root}",
         title_justify="left",
     )
@@ -115,16 +115,16 @@ def list_schedules(home: Home = None) -> None:
         missed = sum(run.state == "missed" for run in runs)
         last = next((run for run in reversed(runs) if run.state != "missed"), None)
         took = last.seconds if last else None
+        name = schedule.name + (f"\nof {schedule.model}" if schedule.model != schedule.name else "")
         outcome = "" if last is None else f"{last.state} ({last.reason})"
         if last and (at := last.ended or last.started or last.asked):
             outcome += f"\n{at[:16].replace('T', ' ')} UTC"
         if last and last.state == "failed":
             outcome += f"\n{escape(last.detail)}\n{log_file(root, last)}"
         shown.add_row(
-            schedule.name,
-            schedule.model,
+            name,
             schedule.when.replace(", ", "\n"),
-            f"{coming:%Y-%m-%d %H:%M}" if coming else "",
+            f"{coming:%Y-%m-%d}\n{coming:%H:%M}" if coming else "",
             outcome,
             "" if took is None or (last and last.state in OPEN) else f"{took / 60:.1f} min",
             str(last.version) if last and last.version else "",

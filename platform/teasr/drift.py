@@ -163,7 +163,8 @@ def noise(grey: Bytes) -> float:
     linear parts, with the median in place of his mean, so that edges and texture in less than half
     of the pixels hardly count (D. Donoho and I. Johnstone, "Ideal spatial adaptation by wavelet
     shrinkage", 1994). The mask makes noise 6 times as strong; of a normal variable the median of
-    the absolute value is 0.6745 deviations. 0 for less than 3 pixels a side.
+    the absolute value is 0.6745 deviations. The noise of rounding, 0.29, counts. 0 for less than 3
+    pixels a side.
     """
     if min(grey.shape) < 3:
         return 0.0
