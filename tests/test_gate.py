@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from teasr.errors import TeasrError, UsageError
 from teasr.evaluation import Evaluation
@@ -271,3 +272,13 @@ def test_a_gate_is_a_file_of_its_own(tmp_path: Path) -> None:
 def test_a_wrong_rule_is_named(rules: Any, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         GateSettings.from_mapping({"rules": rules}, "gate.yaml")
+
+
+def test_the_documented_gate_is_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "registry.md").read_text()
+    block = text.split("```yaml\n")[1].split("```")[0]
+    settings = GateSettings.from_mapping(yaml.safe_load(block), "docs/registry.md")
+    assert settings.rules["hard ones"].pictures == ("street-001", "hair-007")
+    for name, rule in DEFAULT_RULES.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert yaml.safe_load(line.split("`")[3]) == dict(rule)

@@ -56,6 +56,10 @@ def test_figures_are_those_of_the_pairs(untrained: Path, pairs: str) -> None:
         assert scores["1 step"][key].psnr_y == pytest.approx(value, abs=0.1)
         assert scores["1 step"][key].lpips is None
     assert result.evaluation.benchmark == manifest.fingerprint
+    # Of a process that has loaded torch and a tiny model.
+    peaks = result.evaluation.peak_memory_mb
+    assert list(peaks) == list(scores) and all(50 < peak < 3000 for peak in peaks.values())
+    assert result.evaluation.machine.endswith(" cores")
     in_order = list(expected)
     shown = [picture.key for picture in result.pictures]
     assert shown == sorted([in_order[0], in_order[-1]])
