@@ -11,7 +11,8 @@ latents, a tile is encoded, sampled and decoded by itself, and what is blended a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -67,6 +68,22 @@ class RestorationSettings(SamplerSettings):
         return self
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A part of a picture as the network takes it.
+
+    Attributes:
+        lr: (3, h, w) float32 in [-1, 1], sides multiples of `Backbone.multiple`.
+        noise: (draws, channels, scale h / factor, scale w / factor) float32.
+        number, count: its place among the picture's tiles, from 1.
+    """
+
+    lr: Tensor
+    noise: Tensor
+    number: int
+    count: int
+
+
 def restore(
     network: Backbone,
     picture: Bytes,
@@ -80,8 +97,30 @@ def restore(
         network: in evaluation mode.
         codec: of what the network works on; None: pixels.
     """
+    work = restoring(network, picture, settings, codec)
+    tile = next(work)
+    while True:
+        (restored,) = restore_tiles(network, [tile], settings, codec)
+        if progress:
+            progress(tile.number, tile.count)
+        try:
+            tile = work.send(restored)
+        except StopIteration as finished:
+            result: Bytes = finished.value
+            return result
+
+
+def restoring(
+    network: Backbone,
+    picture: Bytes,
+    settings: RestorationSettings,
+    codec: Codec | None = None,
+) -> Generator[Tile, Tensor, Bytes]:
+    """What `restore` does around the network, for whoever works on several pictures at a time.
+
+    Yields tile after tile, is sent what `restore_tiles` made of each, and returns the result.
+    """
     codec = codec or Pixels(network.scale)
-    settings = settings.model_copy(update={"warp": settings.warp or network.warp})
     height, width = picture.shape[:2]
     scale = network.scale
     rows, columns = (tile_spans(side, network, settings) for side in (height, width))
@@ -91,7 +130,9 @@ def restore(
     for i, row in enumerate(rows):
         beside = torch.zeros(3, 0, 0)
         for j, column in enumerate(columns):
-            tile = _restore_tile(network, codec, picture, row, column, settings)
+            lr, noise = _tile(network, codec, picture, row, column, settings)
+            restored = yield Tile(lr, noise, i * len(columns) + j + 1, len(rows) * len(columns))
+            tile = restored[:, : len(row) * scale, : len(column) * scale]
             tile *= down[i][:, None] * across[j]
             # What the tiles to the left and above gave to the pixels that they share with this one.
             if j:
@@ -108,8 +149,6 @@ def restore(
                 above[..., left:right] = done[:, bottom - top :]
             done = done[:, : bottom - top].add(1).mul_(127.5).round_().clamp_(0, 255).byte()
             result[top:bottom, left:right] = done.permute(1, 2, 0).numpy()
-            if progress:
-                progress(i * len(columns) + j + 1, len(rows) * len(columns))
     if settings.colour == "wavelet":
         match_low_frequencies(result, picture)
     elif settings.colour == "adain":
@@ -117,30 +156,46 @@ def restore(
     return result
 
 
-def _restore_tile(
+def _tile(
     network: Backbone,
     codec: Codec,
     picture: Bytes,
     row: range,
     column: range,
     settings: RestorationSettings,
-) -> Tensor:
-    """(3, scale h, scale w) float32 of the pixels in `row` and `column`."""
-    device, scale = next(network.parameters()).device, network.scale
+) -> tuple[Tensor, Tensor]:
+    """`lr` and `noise` of the `Tile` of the pixels in `row` and `column`."""
     pixels = picture[row.start : row.stop, column.start : column.stop]
     padded = pad_to_multiple(pixels, network.multiple)
-    lr = torch.from_numpy(padded).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+    lr = torch.from_numpy(padded).permute(2, 0, 1).float().div_(127.5).sub_(1)
     rows, columns = (
         range(span.start, span.start + side) for span, side in zip((row, column), padded.shape)
     )
-    noise = noise_field(
-        settings.seed, noise_draws(settings), rows, columns, scale, codec.channels, codec.factor
-    )[:, None]
+    draws, channels, factor = noise_draws(settings), codec.channels, codec.factor
+    noise = noise_field(settings.seed, draws, rows, columns, network.scale, channels, factor)
+    return lr, noise
+
+
+def restore_tiles(
+    network: Backbone,
+    tiles: Sequence[Tile],
+    settings: RestorationSettings,
+    codec: Codec | None = None,
+) -> Tensor:
+    """Tiles of one size, of one picture or several, to (N, 3, scale h, scale w) float32.
+
+    Args:
+        settings: the sampler's count; seed and tiling are in the tiles.
+    """
+    codec = codec or Pixels(network.scale)
+    settings = settings.model_copy(update={"warp": settings.warp or network.warp})
+    device = next(network.parameters()).device
+    lr = torch.stack([tile.lr for tile in tiles])
+    noise = torch.stack([tile.noise for tile in tiles], dim=1)
     with torch.no_grad():
         prepared = network.prepare(codec.condition(lr.to(device)))
         sampled = sample(network, prepared, noise.to(device), settings)
-        restored = codec.decode(sampled)[0].float().cpu()
-    return restored[:, : len(row) * scale, : len(column) * scale]
+        return codec.decode(sampled).float().cpu()
 
 
 def restore_picture(
@@ -153,13 +208,22 @@ def restore_picture(
 ) -> bytes:
     """Restore a decoded picture and encode it: grey stays grey, alpha is magnified bicubically.
 
+    Errors as of `check_result`, before any work.
+    """
+    check_result(network, picture, format)
+    restored = restore(network, picture.rgb, settings, progress, codec)
+    return encode_restored(restored, picture, format)
+
+
+def check_result(network: Backbone, picture: Picture, format: str) -> None:
+    """Whether `picture` can be restored and written as `format`.
+
     Raises:
-        UsageError: before any work, when `format` cannot carry the result (alpha in a JPEG, too
-            long a side), or this machine's memory cannot hold it.
+        UsageError: when `format` cannot carry the result (alpha in a JPEG, too long a side), or
+            this machine's memory cannot hold it.
     """
     height, width = (side * network.scale for side in picture.rgb.shape[:2])
-    alpha = picture.alpha
-    check_format(format, width, height, alpha is not None)
+    check_format(format, width, height, picture.alpha is not None)
     needed, memory = height * width * _BYTES_PER_PIXEL, _memory()
     if needed > memory:
         raise UsageError(
@@ -167,9 +231,13 @@ def restore_picture(
             f"machine has {memory / 1e9:.1f}.",
             "Cut the picture into parts.",
         )
-    restored = restore(network, picture.rgb, settings, progress, codec)
+
+
+def encode_restored(restored: Bytes, picture: Picture, format: str) -> bytes:
+    """What was restored of `picture` as a file, with the transparency that the picture has."""
+    alpha = picture.alpha
     if alpha is not None:
-        alpha = bicubic_upsample(alpha, network.scale)
+        alpha = bicubic_upsample(alpha, len(restored) // len(alpha))
     return encode(restored, format=format, alpha=alpha, grey=picture.grey)
 
 

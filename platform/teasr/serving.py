@@ -2,7 +2,8 @@
 
 `ScoringServer` runs `mlflow models serve` on loopback. A running server never notices that an alias
 moved, so the alias is resolved to a version at start, and every answer names that version. Whoever
-serves a model runs the code stored inside it: write access to the registry is access to the server.
+serves a model so runs the code stored inside it: write access to the registry is access to the
+server. `teasr.server` reads weights alone.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ def request(
             (answer,) = json.load(response)["predictions"]
     except urllib.error.HTTPError as error:
         reason = _reason(error.read())
-        if error.code == 400:
+        if error.code in (400, 413):
             raise UsageError(reason) from None
         raise TeasrError(f"The server at {url} failed (HTTP {error.code}): {reason}") from None
     except TimeoutError:

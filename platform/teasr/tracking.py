@@ -104,7 +104,7 @@ def connect(home: Path | None = None) -> MlflowClient:
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
     except Exception as error:  # drivers raise errors of their own
-        reason = mask_credentials(_first_line(error)).replace(uri, mask_credentials(uri))
+        reason = mask_credentials(first_line(error)).replace(uri, mask_credentials(uri))
         raise TeasrError(
             f"The MLflow store at {mask_credentials(uri)} cannot be opened: {reason}."
         ) from None
@@ -302,7 +302,7 @@ class RunLogger:
         try:
             self._client.log_batch(self._run_id, metrics=batch)
         except Exception as error:
-            self._trouble = mask_credentials(_first_line(error))
+            self._trouble = mask_credentials(first_line(error))
             if not isinstance(error, MlflowException) or error.get_http_status_code() >= 500:
                 return False
             # Refused for good (a deleted run, a wrong name): kept, it would block all that follows.
@@ -319,7 +319,7 @@ class RunLogger:
             try:
                 self._client.log_image(self._run_id, picture, path)
             except Exception as error:  # of whatever store: it may refuse pictures alone
-                _log.warning("%s was not written: %s", path, mask_credentials(_first_line(error)))
+                _log.warning("%s was not written: %s", path, mask_credentials(first_line(error)))
             with self._lock:
                 if self._pictures and self._pictures[0][0] == path:
                     self._pictures.popleft()
@@ -408,6 +408,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error of a library says; its name when it says nothing."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
