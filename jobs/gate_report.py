@@ -65,13 +65,16 @@ def draw(
 
     Raises:
         UsageError: for an unknown model or version.
-        TeasrError: when a version has no evaluation.
+        TeasrError: when a version has no evaluation, or the candidate's weights are not those that
+            were logged.
     """
     version = registry.version_of(client, name, between.version)
     candidate, champion = registry.required_evaluation(client, version), None
     if between.champion is not None:
         other = registry.version_of(client, name, between.champion)
         champion = registry.required_evaluation(client, other)
+    # What was changed since it was logged, or cannot be fetched, must not go live.
+    registry.resolve(f"models:/{name}/{between.version}", client)
     sides = _Sides(name, between, candidate, champion)
     chosen = _choose(sides, gate)
     scenes: list[Scene] = []

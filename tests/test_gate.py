@@ -235,8 +235,9 @@ def test_rules_lie_over_the_built_in_ones() -> None:
     # One that names its metric is whole: it takes nothing from the built-in one, such as optional.
     assert (rules["perception"].not_worse_than, rules["perception"].optional) == (None, False)
     assert "any-step" not in gate(any_step=None).rules
-    again = GateSettings.from_mapping(only(metric="niqe", at_most=9).model_dump(mode="json"), "x")
-    assert again.rules["it"].at_most == 9
+    settings = only(metric="niqe", at_most=9, pictures=["a"])
+    assert list(settings.rules) == ["it"]
+    assert GateSettings.from_mapping(settings.model_dump(mode="json"), "recipe.yaml") == settings
 
 
 def test_a_gate_is_a_file_of_its_own(tmp_path: Path) -> None:
@@ -266,6 +267,7 @@ def test_a_gate_is_a_file_of_its_own(tmp_path: Path) -> None:
             "not measured picture by picture",
         ),
         (dict.fromkeys(DEFAULT_RULES), "at least one rule"),
+        ({"a.b": {"metric": "psnr_y", "at_least": 1}}, "'a.b': letters"),
         (["fidelity"], "rules"),
     ],
 )

@@ -16,7 +16,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from teasr.config import Settings
 from teasr.errors import TeasrError
@@ -181,8 +187,9 @@ class GateSettings(Settings):
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Of the intervals."""
     rules: dict[str, Rule] = Field(default_factory=dict)
-    """By name; they are laid over `DEFAULT_RULES`. One that names its metric stands for itself,
-    another changes the values of the rule of its name, and null leaves that rule out."""
+    """By name (letters, digits, spaces, - and _), laid over `DEFAULT_RULES`. One that names its
+    metric stands for itself, another changes the values of the rule of its name, and null leaves
+    that rule out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -198,10 +205,22 @@ class GateSettings(Settings):
 
     @field_validator("rules")
     @classmethod
-    def _some(cls, value: dict[str, Rule]) -> dict[str, Rule]:
+    def _some_with_names(cls, value: dict[str, Rule]) -> dict[str, Rule]:
         if not value:
             raise ValueError("at least one rule is expected: a gate without any would pass all")
+        for name in value:
+            if not re.fullmatch(
+                r"\w[\w -]*", name
+            ):  # overrides split at dots, MLflow knows no others
+                raise ValueError(f"'{name}': letters, digits, spaces, - and _ make a rule's name")
         return value
+
+    @field_serializer("rules", mode="wrap")
+    def _with_those_left_out(
+        self, rules: dict[str, Rule], handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """So that what is written is read back as it is."""
+        return {**dict.fromkeys(DEFAULT_RULES), **handler(rules)}
 
 
 @dataclass

@@ -252,9 +252,23 @@ def test_two_gates_are_one_too_many(run: Run) -> None:
 
 
 def test_names_are_escaped(registered: Registered) -> None:
-    gate = GateSettings.from_mapping({"rules": {HOSTILE: {"metric": "psnr_y", "at_least": 1}}}, "x")
+    rule = {"metric": "psnr_y", "at_least": 1, "pictures": [HOSTILE]}
+    gate = GateSettings.from_mapping({"rules": {"hard": rule}}, "gate.yaml")
     html = gate_report.draw(registered.client, "teasr", CONTEST, gate).html
-    assert "<img src=x" not in html and "&lt;img src=x" in html
+    assert "<img src=x" not in html and "has no picture &lt;img src=x" in html
+
+
+def test_changed_weights_do_not_go_live(registered: Registered, run: Run) -> None:
+    client, home = registered.client, str(registered.pairs.parent / "home")
+    champion = promotion.champion_version(client, "teasr")
+    other = 3 - (champion or 1)
+    stored = registry.resolve(f"models:/teasr/{other}", client) / "model.safetensors"
+    kept = stored.read_bytes()
+    stored.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    code, _, err = run("promote", "teasr", "--version", str(other), "--home", home)
+    stored.write_bytes(kept)
+    assert code == 1 and f"weights of teasr version {other} are not those" in err
+    assert promotion.champion_version(client, "teasr") == champion
 
 
 def test_the_first_version_is_held_against_bicubic(registered: Registered) -> None:
