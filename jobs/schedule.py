@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from rich.markup import escape
 
 from jobs.console import console, say, suggest
 from jobs.options import Home, Overrides, home_folder
@@ -96,41 +95,48 @@ def add(
 def list_schedules(home: Home = None) -> None:
     """What is scheduled, when it comes next, and how the last retraining ended."""
     root = home_folder(home)
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from jobs.locks import holder
-    from jobs.schedule_store import OPEN, Store
+    from jobs.schedule_store import Store
     from jobs.scheduler import LOCK_FILE, log_file
 
     store, moment = Store(root), datetime.now(UTC)
     shown = Table(
-        *("schedule", "when", "next", "last", "took", "version", "missed"),
+        *("schedule", "when", "next"),
+        Column("last (UTC)", no_wrap=True),
+        *("took", "version", "missed"),
         title=f"Schedules in {root}",
         title_justify="left",
     )
+    troubles = []
     for schedule in store.schedules():
         trigger = schedule.trigger
         coming = trigger.get_next_fire_time(None, moment) if trigger else None
         runs = store.runs(schedule.name)
         missed = sum(run.state == "missed" for run in runs)
         last = next((run for run in reversed(runs) if run.state != "missed"), None)
-        took = last.seconds if last else None
         name = schedule.name + (f"\nof {schedule.model}" if schedule.model != schedule.name else "")
-        outcome = "" if last is None else f"{last.state} ({last.reason})"
-        if last and (at := last.ended or last.started or last.asked):
-            outcome += f"\n{at[:16].replace('T', ' ')} UTC"
-        if last and last.state == "failed":
-            outcome += f"\n{escape(last.detail)}\n{log_file(root, last)}"
+        outcome = took = version = ""
+        if last is not None:
+            at = datetime.fromisoformat(last.ended or last.started or last.asked)
+            outcome = f"{last.state}\n{last.reason}\n{at:%Y-%m-%d}\n{at:%H:%M}"
+            version = str(last.version or "")
+            if last.seconds is not None:
+                took = f"{last.seconds / 60:.1f} min"
+            if last.state == "failed":
+                troubles.append(f"{schedule.name}: {last.detail} Log: {log_file(root, last)}")
         shown.add_row(
             name,
             schedule.when.replace(", ", "\n"),
             f"{coming:%Y-%m-%d}\n{coming:%H:%M}" if coming else "",
             outcome,
-            "" if took is None or (last and last.state in OPEN) else f"{took / 60:.1f} min",
-            str(last.version) if last and last.version else "",
+            took,
+            version,
             str(missed or ""),
         )
     console.print(shown)
+    say(*troubles)
     running = holder(root / LOCK_FILE)
     say(f"service: {running or 'does not run'}")
     if not running:
