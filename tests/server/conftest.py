@@ -84,14 +84,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(model: str, folder: Path, *options: str) -> Iterator[Running]:
+def serving(
+    model: str, folder: Path, *options: str, command: tuple[str, ...] = ("-m", "jobs.cli", "serve")
+) -> Iterator[Running]:
     """`teasr serve MODEL OPTIONS`, up on entry and asked to end on exit."""
     port = free_port()
-    command = [sys.executable, "-m", "jobs.cli", "serve", model, "--port", str(port), *options]
+    arguments = [sys.executable, *command, model, "--port", str(port), *options]
     log = folder / "serve.log"
     environment = os.environ | {"TEASR_HOME": str(folder / "home"), "OMP_NUM_THREADS": "2"}
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment)
     running = Running(port, process, log)
     try:
         deadline = time.monotonic() + 180
@@ -105,7 +107,7 @@ def serving(model: str, folder: Path, *options: str) -> Iterator[Running]:
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(60)
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
