@@ -52,21 +52,40 @@ class Browser:
         message, _, self._rest = self._rest.partition(b"\0")
         return json.loads(message)
 
-    def open(self, file: Path, width: int = 1280, height: int = 900) -> None:
-        """Load a page and wait until its pictures are decoded."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 900) -> None:
+        """Load a file, or what is at a URL, and wait until its pictures are decoded."""
+        url = page if isinstance(page, str) else f"file://{page}"
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=False,
         )  # fmt: skip
-        self.call("Page.navigate", url=f"file://{file}")
-        deadline = time.monotonic() + 60
-        loaded = (
-            f"document.readyState == 'complete' && location.pathname == {json.dumps(str(file))}"
+        self.call("Page.navigate", url=url)
+        self.wait(f"document.readyState == 'complete' && location.href == {json.dumps(url)}")
+        self.run(
+            "Promise.all([...document.images].filter(i => i.src).map(i => i.decode()))"
+            ".then(() => 1)"
         )
-        while not self.run(loaded):
-            assert time.monotonic() < deadline, f"{file} does not load"
+
+    def wait(self, condition: str) -> None:
+        """Until an expression in the page holds."""
+        deadline = time.monotonic() + 60
+        while not self.run(condition):
+            assert time.monotonic() < deadline, condition
             time.sleep(0.05)
-        self.run("Promise.all([...document.images].map(i => i.decode())).then(() => 1)")
+
+    def choose(self, selector: str, file: Path) -> None:
+        """Give a file to a file input."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+
+    def press(self, key: str) -> None:
+        """A key such as `ArrowLeft`, where the focus is."""
+        codes = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9}
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes[key]
+            )
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; a promise is waited for."""
