@@ -96,6 +96,7 @@ def promote(
     gate: GateSettings | None = None,
     benchmark: str | None = None,
     dry_run: bool = False,
+    by: str | None = None,
 ) -> tuple[Promotion, Report]:
     """`teasr.promotion.promote` with the report: drawn before anything moves, an artifact of the
     candidate's training run, named in the record. Pages of the versions are brought up to date.
@@ -103,6 +104,7 @@ def promote(
     Args:
         benchmark: as of `draw`.
         dry_run: draw the report and change nothing.
+        by: who promotes; default: the user of this process.
     """
     gate = gate or GateSettings()
     between = promotion.contest(client, name, version)
@@ -110,7 +112,7 @@ def promote(
     if dry_run:
         return promotion.promote(client, name, gate=gate, dry_run=True, between=between), report
     uri = log(client, name, between, report)
-    outcome = promotion.promote(client, name, gate=gate, report=uri, between=between)
+    outcome = promotion.promote(client, name, gate=gate, by=by, report=uri, between=between)
     lineage.describe(client, name, outcome.version, outcome.replaced)
     return outcome, report
 

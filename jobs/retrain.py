@@ -160,11 +160,12 @@ def _retrain(recipe: Recipe, home: Path, recipe_name: str) -> Retrained:
 
     def through_gate() -> dict[str, Any]:
         tracking.connect(home)
+        by = f"{promotion.current_user()} (teasr retrain{f' {recipe_name}' if recipe_name else ''})"
         # Promoted before, by this step when it was cut off or by hand.
         if promotion.champion_version(client, recipe.model) == version:
             return {"promoted": True, "summary": f"version {version} is the champion"}
         outcome, _ = gate_report.promote(
-            client, recipe.model, version, recipe.gate, recipe.benchmark
+            client, recipe.model, version, recipe.gate, recipe.benchmark, by=by
         )
         assert outcome.verdict is not None
         promotion.run_hook(client, outcome)
@@ -281,7 +282,7 @@ def _origin(client: MlflowClient, recipe: Recipe, recipe_name: str) -> dict[str,
     champion = _live(client, recipe.model)
     return {
         "dataset": manifest.fingerprint,
-        "data_size": f"{manifest.samples} photographs in {len(manifest.shards)} shards",
+        "data_size": f"{manifest.samples} photographs, shards: {len(manifest.shards)}",
         "degradation": mixture,
         "benchmark_location": tracking.mask_credentials(absolute_url(recipe.benchmark)),
         "recipe": recipe_name or None,

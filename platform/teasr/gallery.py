@@ -449,7 +449,8 @@ td small { display: block; color: var(--faint); font-size: 11px; white-space: no
 .verdict strong { font-size: 18px; } .verdict p { margin: 2px 0 0; }
 .passed { --tone: var(--good); } .failed { --tone: var(--bad); } .open { --tone: var(--faint); }
 .rulings th, .rulings td { text-align: left; }
-.rulings th + td { color: var(--tone); white-space: nowrap; }
+.rulings th + td { color: var(--tone); } .rulings th + td, .rulings td:last-child {
+  white-space: nowrap; }
 .rulings td.failed { font-weight: 600; }
 .rulings th small { display: block; color: var(--faint); font-size: 12px; white-space: normal; }
 .rulings tr:not(:first-child) th { font-weight: 600; } .rulings th small { font-weight: normal; }

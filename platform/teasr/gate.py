@@ -299,7 +299,7 @@ def decide(
     obstacle = None
     if champion is not None:
         obstacle = _incomparable(candidate, champion)
-        found = f"{candidate.benchmark}, {len(_keys(candidate))} pictures"
+        found = f"{len(_keys(candidate))} pictures of {candidate.benchmark[:12]}"
         words = "both were measured on the same pictures"
         checks.append(Check(SAME_BENCHMARK, obstacle is None, obstacle or found, words))
     for name, rule in settings.rules.items():

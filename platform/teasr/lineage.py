@@ -104,7 +104,7 @@ def sections(details: VersionDetails) -> Sections:
     found = details.evaluation
     pictures = len(next(iter(found.scores.values()), ())) if found else 0
     commit = training.get("commit") or details.commit
-    registered_by = details.commit if details.commit != commit else None
+    registered_with = details.commit if details.commit != commit else None
     gate: dict[str, str | None] = {"verdict": "not asked yet"}
     if judged is not None:
         against = f"version {judged.replaced}" if judged.replaced else "none, as the first"
@@ -118,10 +118,10 @@ def sections(details: VersionDetails) -> Sections:
         "Data": {
             "dataset": details.dataset or training.get("data_fingerprint"),
             "size": tags.get("data_size"),
-            "place": training.get("data"),
+            "kept in": training.get("data"),
             "degradation": tags.get("degradation"),
             "benchmark": _joined(details.benchmark, f"{pictures} pictures" if pictures else None),
-            "its place": tags.get("benchmark_location"),
+            "benchmark in": tags.get("benchmark_location"),
         },
         "Training": {
             "run": details.run_id,
@@ -130,10 +130,10 @@ def sections(details: VersionDetails) -> Sections:
             "champion then": tags.get("champion"),
             "frozen base": base,
             "commit": commit,
-            "registered by": registered_by,
+            "registered with": registered_with,
             "libraries": training.get("versions"),
-            "command": training.get("command"),
             "weights": _prefixed("sha256 ", tags.get("sha256")),
+            "command": training.get("command"),
         },
         "Gate": gate,
         "Changes": _events(details),
