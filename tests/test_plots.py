@@ -11,7 +11,9 @@ from teasr.plots import (
     Choices,
     Curves,
     Numbers,
+    Overlaid,
     Point,
+    Scatter,
     document,
     expected,
     histogram,
@@ -104,3 +106,42 @@ def test_a_document_stands_alone() -> None:
     root = ElementTree.fromstring(document(plot, 640))
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "640"
     assert "currentColor" in (root[0].text or "") and root.get("aria-label") == "<dial>"
+
+
+def test_distributions_lie_over_each_other() -> None:
+    low, high = np.linspace(0, 1, 400), np.linspace(1, 2, 40)
+    root = ElementTree.fromstring(svg(Overlaid("a < b", {"one": low, "other": high})))
+    one, other = (
+        np.array([point.split(",") for point in line.attrib["points"].split()], float)
+        for line in root.iter("polyline")
+    )
+    # Each in shares of its own number: equal heights, one at the left and one at the right.
+    assert one[:, 1].min() == pytest.approx(other[:, 1].min(), abs=20)
+    assert one[one[:, 1] < 100, 0].max() < 160 and other[other[:, 1] < 100, 0].min() > 140
+    assert [text.text for text in root.iter("text")][:2] == ["one (400)", "other (40)"]
+    for values in ({}, {"none": np.array([])}, {"one": np.array([3.0])}):
+        assert ElementTree.fromstring(svg(Overlaid("few", values))).tag == "svg"
+
+
+@pytest.mark.parametrize(("better", "wins"), [("higher", 1), ("lower", 2)])
+def test_a_dot_is_above_the_diagonal_where_y_is_more(better: str, wins: int) -> None:
+    points = [Point(20, 24, "<a>"), Point(24, 20, "b"), Point(22, 21, "c"), Point(23, 23, "d")]
+    plot = Scatter("PSNR-Y", "old", "new", points, better)
+    assert (plot.wins, len(plot)) == (wins, 4)
+    root = ElementTree.fromstring(svg(plot))
+    paths = {path.get("class"): path.get("d", "") for path in root.iter("path")}
+    (left, bottom), (right, top) = (
+        map(float, pair.split()) for pair in paths["diagonal"][1:].split("L")
+    )
+    slope = (top - bottom) / (right - left)
+    dots = list(root.iter("circle"))
+    for point, dot in zip(points, dots):
+        x, y = float(dot.get("cx", 0)), float(dot.get("cy", 0))
+        above = bottom + slope * (x - left) - y  # y of an SVG grows downwards
+        assert (abs(above) < 0.2) if point.y == point.x else (above > 0) == (point.y > point.x)
+        assert dot.get("class") == f"dot hue{1 if plot.is_better(point) else 0}"
+    assert dots[0][0].text == "<a>: new 24, old 20"
+    words = [text.text for text in root.iter("text") if "side" in text.get("class", "")]
+    assert words == (
+        ["new better", "new worse"] if better == "higher" else ["new worse", "new better"]
+    )
