@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_HEADINGS = ("training", "inputs", "distance", "by chance", "stability", "outside", "drift")
+_HEADINGS = ("training", "inputs", "KS", "chance", "PSI", "outside", "drift")
 _ABOUT = (
-    "Medians, then how the inputs differ from the training: the Kolmogorov-Smirnov distance; the "
-    "chance of one as large when nothing changed; the population stability index; the share of "
-    "inputs beyond the central 99% of the training. Sizes are shown, not judged."
+    "Medians of the training and of the inputs; KS: Kolmogorov-Smirnov distance; chance: of one as "
+    "large when nothing changed; PSI: population stability index; outside: share of inputs beyond "
+    "the central 99% of the training. Sizes are shown, not judged."
 )
 
 
@@ -124,9 +124,9 @@ def ago(text: str, now: datetime | None = None) -> datetime:
 def table(result: Drifted) -> Table:
     """The comparison for the terminal."""
     shown = Table("", *_HEADINGS, title=_title(result), title_justify="left")
-    for name, cells in _rows(result).items():
-        drifted = cells[-1] == "yes"
-        shown.add_row(name, *cells, style="bold red" if drifted else "")
+    for found, cells in zip(result.differences, _rows(result).values()):
+        name = found.figure.replace("_", " ")  # no room for units
+        shown.add_row(name, *cells, style="bold red" if found.drifted else "")
     return shown
 
 

@@ -30,6 +30,7 @@ def test_overrides_reach_their_fields() -> None:
         *[("gate.rules.fidelity.by=1", True), ("evaluation.steps=[1,2]", True), ("data=a/b", True)],
         *[("training.batch=3", False), ("training.seed=3", False), ("feed.crop=64", False)],
         *[("engine.zero_stage=3", False), ("engine.learning_rate=1e-3", False)],
+        *[("warm_start=false", True), ("warm_start=true", False)],
         *[("objective.any_step=1", False), ("init=scratch", False), ("backbone=teasr-xs", False)],
     ],
 )
