@@ -139,7 +139,7 @@ def run(given: dict[str, Any], steps: int = 2) -> None:
     if latent:
         network = network_of(job.shape, job.dtype)
         codec = fill_codec(codec)
-        network = fill(network, folder if streamed else None, job.dtype)
+        network = fill(network, folder, job.dtype, streamed, mapped=job.engine.zero_stage < 3)
     else:
         network = DualBranchDiT(job.shape)
     empty = perceptual_network(job.dtype)
@@ -190,13 +190,14 @@ def fill_codec(codec: Any) -> Any:
     return codec
 
 
-def fill(network: Any, folder: Path | None, dtype: Any) -> Any:
-    """Values for what is on `meta`; frozen ones from files in `folder`."""
+def fill(network: Any, folder: Path, dtype: Any, streamed: bool, mapped: bool) -> Any:
+    """Values for what is on `meta`. Frozen ones are in files in `folder`, to be streamed or mapped
+    as `jobs.networks` does it below stage 3."""
     import torch
 
     from teasr.streaming import write_random
 
-    if folder is not None:
+    if streamed:
         plain = {network.stored_name(n): p for n, p in network.named_parameters()}
 
         class Plain:
@@ -207,10 +208,15 @@ def fill(network: Any, folder: Path | None, dtype: Any) -> Any:
     made: dict[int, Any] = {}
     for module in network.modules():
         for name, old in module._parameters.items():
-            if old is None or (folder is not None and not old.requires_grad):
+            if old is None or (streamed and not old.requires_grad):
                 continue
             if id(old) not in made:
-                values = torch.randn(old.shape, dtype=old.dtype).mul_(0.02)
+                if mapped and not old.requires_grad:
+                    file = str(folder / f"{len(made)}.weights")
+                    values = torch.from_file(file, True, old.numel(), dtype=old.dtype)
+                    values = values.normal_(std=0.02).view(old.shape)
+                else:
+                    values = torch.randn(old.shape, dtype=old.dtype).mul_(0.02)
                 made[id(old)] = torch.nn.Parameter(values, requires_grad=old.requires_grad)
             module._parameters[name] = made[id(old)]
     network.prompt = torch.randn(network.prompt.shape).to(network.dtype)

@@ -27,6 +27,7 @@ from teasr.images import encode
 from teasr.objective import Objective
 from teasr.shards import Manifest, Sample, write_manifest, write_shard
 from tests.backbones.latents import base_folder
+from tests.jobs.commands import teasr
 from tests.ports import free_port
 from tests.test_engine import SPAWN, _join
 
@@ -354,18 +355,6 @@ def data(tmp_path_factory: pytest.TempPathFactory, photo: Callable[..., np.ndarr
     return folder
 
 
-def teasr(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments],
-        cwd=root,
-        env=environment | {"TEASR_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 @pytest.mark.journey
 def test_a_corrected_command_runs_and_a_longer_one_goes_on(
     bases: dict[str, Path], data: Path, tmp_path: Path, run: Run
@@ -380,14 +369,14 @@ def test_a_corrected_command_runs_and_a_longer_one_goes_on(
     assert code == 2 and "lacks weights" in told and not (tmp_path / "home" / "runs").exists()
     (tmp_path / "kept").rename(lost)
 
-    done = teasr(tmp_path, *command)
+    done = teasr(*command, home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
     left = tmp_path / "home" / "runs" / "qwen-image-20b-1gpu"
     assert json.loads((left / "run.json").read_text())["position"]["steps"] == 1
     on_disk = {path.name for path in (left / "model").rglob("*")}
     assert {"model.json", "adapters.json", "noise", "condition"} <= on_disk
     assert load_model(left / "model").network.scale == 4
-    longer = teasr(tmp_path, *command, "training.steps=2")
+    longer = teasr(*command, "training.steps=2", home=tmp_path / "home")
     assert longer.returncode == 0, longer.stderr
     assert json.loads((left / "run.json").read_text())["position"]["steps"] == 2
 

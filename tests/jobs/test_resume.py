@@ -64,10 +64,11 @@ for i, workers in enumerate([2, 1, 2]):
     length = [f"training.workers={workers}", f"training.steps={6 * (i + 1)}"]
     distill(load_recipe("quickstart", [*given, *length]), folder)
     (folder / "model").rename(Path.cwd() / f"moved-{i}")
-try:
-    distill(load_recipe("quickstart", [*given, *length, "training.batch=8"]), folder)
-except UsageError as error:
-    print(error)
+for wrong, name in (("training.batch=8", "moved"), ("training.cpus_per_worker=2", "greedy")):
+    try:
+        distill(load_recipe("quickstart", [*given, *length, wrong]), folder.parent / name)
+    except UsageError as error:
+        print(error)
 """
 
 
@@ -312,6 +313,7 @@ def test_a_run_is_moved_to_other_numbers_of_workers(stage: Stage) -> None:
         expected = loss_of(stage.folder / f"moved-{i - 1}", recipe, line["samples"][0], counts[i])
         assert line["total"] == pytest.approx(expected, rel=5e-3)  # the model is kept in bfloat16
     assert "holds a run of another recipe" in done.stdout
+    assert "leave no CPU for the feed: this Ray has 4, 5 are needed" in done.stdout
 
 
 def loss_of(model: Path, recipe: Recipe, number: int, workers: int) -> float:
