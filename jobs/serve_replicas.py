@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -19,9 +20,6 @@ from teasr.errors import TeasrError
 from teasr.server.app import build_app
 from teasr.server.run import make_service
 from teasr.server.settings import ServerSettings
-
-APPLICATION = "teasr"
-_START_SECONDS = 300
 
 
 def serve_replicas(
@@ -41,21 +39,27 @@ def serve_replicas(
     Raises:
         TeasrError: when there is no Ray, or the replicas do not start.
     """
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     ensure_ray(max(replicas + 1, os.cpu_count() or 2))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    ended = threading.Event()
     try:
-        deployment = _deployment(model, settings, replicas)
-        serve.run(deployment, name=APPLICATION, route_prefix="/", _blocking=False)
-        _await(ended)
-        if not ended.is_set():
-            started()
+        # Ray has taken the signals: one would abort this process and leave the others.
+        _on_signal(lambda *_: sys.exit(143))
+        serve.run(_deployment(model, settings, replicas), name="teasr")
+        _on_signal(lambda *_: ended.set())
+        started()
         ended.wait()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise TeasrError("The replicas did not start.", reason) from None
     finally:
         serve.shutdown()
+
+
+def _on_signal(handler: Callable[..., None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def _deployment(model: str, settings: ServerSettings, replicas: int) -> serve.Application:
@@ -75,15 +79,3 @@ def _deployment(model: str, settings: ServerSettings, replicas: int) -> serve.Ap
         pass
 
     return Replica.bind()
-
-
-def _await(ended: threading.Event) -> None:
-    waited = 0
-    while not ended.wait(0.5):
-        status = serve.status().applications[APPLICATION]
-        if status.status == "RUNNING":
-            return
-        waited += 1
-        if status.status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > 2 * _START_SECONDS:
-            reason = status.message.strip().splitlines()
-            raise TeasrError("The replicas did not start.", reason[-1] if reason else "")
