@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from teasr.backbones.dit import PRESETS, DualBranchDiT
-from teasr.engine import Engine, EngineSettings
+from teasr.engine import Engine, EngineSettings, free_extensions
 from teasr.errors import TeasrError
 from tests.ports import free_port
 
@@ -372,3 +374,30 @@ def test_deepspeed_is_told_every_setting() -> None:
 def test_offload_without_sharding_is_refused() -> None:
     with pytest.raises(ValidationError, match="offload_optimizer needs zero_stage"):
         EngineSettings(zero_stage=0, offload_optimizer=True)
+
+
+def test_a_lock_of_a_killed_process_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would wait for it for ever."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    left, held = tmp_path / "left" / "lock", tmp_path / "py311_cpu" / "held" / "lock"
+    for lock in (left, held):
+        lock.parent.mkdir(parents=True)
+    program = "import sys; f = open(sys.argv[1], 'x'); print(1, flush=True); sys.stdin.read()"
+    for lock, end in ((left, True), (held, False)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(lock)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None and process.stdout.readline()
+        if end:
+            process.kill()
+            process.wait()
+    free_extensions(patience=0.2)
+    assert not left.exists() and held.exists()
+    process.kill()
+    process.wait()
+    free_extensions(patience=0.2)
+    assert not held.exists()

@@ -222,6 +222,7 @@ def prepare_offload(settings: EngineSettings) -> None:
     check_offload(settings)
     if settings.offload_parameters != "nvme":
         return
+    free_extensions()
     builder, begin = _asynchronous_io(), time.monotonic()
     log.warning("DeepSpeed's asynchronous I/O is loaded; on first use it compiles some 4 minutes.")
     try:
@@ -233,6 +234,39 @@ def prepare_offload(settings: EngineSettings) -> None:
             "Set engine.offload_parameters=cpu, which does not need it.",
         ) from error
     log.warning("DeepSpeed's asynchronous I/O is ready, %.0f s.", time.monotonic() - begin)
+
+
+def free_extensions(patience: float = 120.0) -> None:
+    """Remove locks of processes that were killed while they compiled or loaded a C++ extension.
+
+    torch's lock is a file, and everybody after a dead holder would wait for ever. A holder has the
+    file open: one that nobody on this machine has open, and that is older than `patience` seconds,
+    is nobody's. It may be younger where machines share a home, and another one is compiling.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            while not _is_open(lock):
+                age = time.time() - lock.stat().st_mtime
+                if age > patience:
+                    log.warning("%s was left by a process that was killed; it is removed.", lock)
+                    lock.unlink()
+                    break
+                time.sleep(min(1.0, patience))
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of ours has `path` open. True where that cannot be known."""
+    if not Path("/proc/self/fd").is_dir():
+        return True
+    target = str(path.resolve())
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # gone, or another user's
+            if os.readlink(handle) == target:  # noqa: PTH115
+                return True
+    return False
 
 
 def _asynchronous_io() -> Any:
@@ -365,6 +399,7 @@ class Engine(Averaged):
         config = settings.deepspeed_config(micro_batch, buffers)
         if settings.zero_stage == 3:
             _partition(network, settings.dtype, config)
+        free_extensions()
         self._engine, *_ = deepspeed.initialize(
             model=network,
             model_parameters=[p for p in network.parameters() if p.requires_grad],
