@@ -4,10 +4,10 @@
 
 Clients in this process ask for one picture after another (a closed loop) by MLflow's protocol, all
 servers being given the same bytes. Every setting is measured in rounds in which the servers take
-turns; throughput is the median of the rounds, latencies are of all requests together. Servers have
-as many threads as there are cores: plain MLflow in one process, `mlflow, spread` in one process of
-of one thread for each core. Then ours answers many small requests while its memory is
-read. The last line is JSON.
+turns; throughput and processor time per picture, which says what a neighbour's load hides, are
+medians of the rounds, latencies are of all requests together. Servers have as many threads as there
+are cores: plain MLflow in one process, `mlflow, spread` in a process of one thread for each core.
+Then ours answers many small requests while its memory is read. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -54,13 +54,21 @@ class Server:
 
     def memory(self) -> float:
         """Resident megabytes of all its processes."""
-        kilobytes = 0
-        for status in Path("/proc").glob("[0-9]*/status"):
+        pages = sum(int(line.split()[1]) for line in self._files("statm"))
+        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+    def processor(self) -> float:
+        """Seconds of processor time that all its processes have taken."""
+        ticks = 0
+        for line in self._files("stat"):
+            ticks += sum(int(field) for field in line.rpartition(")")[2].split()[11:13])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _files(self, name: str) -> Iterator[str]:
+        for file in Path("/proc").glob(f"[0-9]*/{name}"):
             with contextlib.suppress(OSError):
-                if os.getpgid(int(status.parent.name)) == self.process:
-                    lines = status.read_text().splitlines()
-                    kilobytes += sum(int(x.split()[1]) for x in lines if x.startswith("VmRSS"))
-        return kilobytes / 1024
+                if os.getpgid(int(file.parent.name)) == self.process:
+                    yield file.read_text()
 
 
 @dataclass
@@ -70,15 +78,18 @@ class Load:
     Attributes:
         rates: pictures per second, of each round.
         seconds: of each request.
+        processor: milliseconds of processor time per picture, of each round.
     """
 
     rates: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
         found = np.percentile(np.array(self.seconds) * 1000, PERCENTILES)
         figures = {f"p{p}": round(float(x), 1) for p, x in zip(PERCENTILES, found)}
-        return {"rate": round(statistics.median(self.rates), 3), **figures}
+        processor = round(statistics.median(self.processor), 1)
+        return {"rate": round(statistics.median(self.rates), 3), **figures, "processor": processor}
 
 
 @contextlib.contextmanager
@@ -142,7 +153,7 @@ def run(server: Server, requests: list[bytes], count: int, clients: int, load: L
         connection.close()
 
     threads = [threading.Thread(target=ask) for _ in range(clients)]
-    before = len(load.seconds)
+    before, processor = len(load.seconds), server.processor()
     begin = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -151,6 +162,7 @@ def run(server: Server, requests: list[bytes], count: int, clients: int, load: L
     if len(load.seconds) - before != count:
         raise TeasrError(f"{server.name} did not answer every request.")
     load.rates.append(count / (time.perf_counter() - begin))
+    load.processor.append(1000 * (server.processor() - processor) / count)
 
 
 def memory(server: Server, requests: list[bytes], count: int) -> list[float]:
@@ -215,14 +227,14 @@ def report(
     loads: dict[tuple[int, int, str], Load], resident: list[float], chosen: argparse.Namespace
 ) -> None:
     print(f"{CORES} cores, load {os.getloadavg()[0]:.1f} at the end; milliseconds\n")
-    print("| picture | clients | server | pictures/s | p50 | p95 | p99 |")
-    print("|---|---:|---|---:|---:|---:|---:|")
+    print("| picture | clients | server | pictures/s | p50 | p95 | p99 | processor |")
+    print("|---|---:|---|---:|---:|---:|---:|---:|")
     result: dict[str, dict[str, float]] = {}
     for (side, clients, name), load in loads.items():
         row = result[f"{side} {clients} {name}"] = load.row()
         print(
             f"| {side} x {side} | {clients} | {name} | {row['rate']:.2f} | "
-            f"{row['p50']:.0f} | {row['p95']:.0f} | {row['p99']:.0f} |"
+            f"{row['p50']:.0f} | {row['p95']:.0f} | {row['p99']:.0f} | {row['processor']:.0f} |"
         )
     print("\n| picture | clients | throughput | p95 |\n|---|---:|---:|---:|")
     speedups = {}

@@ -377,3 +377,17 @@ def test_names_of_the_weights_are_those_of_the_folders_format() -> None:
 def test_heads_that_do_not_divide_the_width_are_refused(shape: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="multiple of 4"):
         DiTSettings.model_validate(shape)
+
+
+def test_fused_convolutions_are_equal_up_to_rounding() -> None:
+    torch.manual_seed(0)
+    network = DualBranchDiT(PRESETS["teasr-xs"]).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    x_t, lr = torch.randn(2, 3, 96, 64), torch.rand(2, 3, 24, 16)
+    one, zero = torch.ones(2), torch.zeros(2)
+    with torch.no_grad():
+        plain = network(x_t, one, zero, lr)
+        network.fuse()
+        assert torch.allclose(network(x_t, one, zero, lr), plain, atol=1e-4)
+    network(x_t, one, zero, lr).sum().backward()  # with gradient nothing has changed

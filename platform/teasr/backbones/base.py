@@ -59,6 +59,10 @@ class Backbone(nn.Module):
         and r only share the work that depends on nothing else."""
         return condition
 
+    def fuse(self) -> None:
+        """Get ready to be called many times without gradient, where there is something to gain;
+        results stay equal up to rounding."""
+
     @property
     def dtype(self) -> torch.dtype:
         """Compute type: that of the weights."""

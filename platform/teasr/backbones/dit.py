@@ -320,7 +320,14 @@ def rotary_table(
 
 
 class LocalBlock(nn.Module):
-    """x + conv(gelu(conv(x))) at the low-resolution grid."""
+    """x + conv(gelu(conv(x))) at the low-resolution grid.
+
+    Attributes:
+        fused: without gradient, have oneDNN apply the activation and the sum within the
+            convolutions: a fifth less time on a CPU, equal up to rounding.
+    """
+
+    fused = False
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -328,7 +335,20 @@ class LocalBlock(nn.Module):
         self.second = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.fused and not torch.is_grad_enabled():
+            return self._fused(features)
         return features + self.second(functional.gelu(self.first(features), approximate="tanh"))
+
+    def _fused(self, features: Tensor) -> Tensor:
+        # The operators that torch's compiler puts in the place of these.
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        shape = ([1, 1], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+        first, second = self.first, self.second
+        hidden = convolve(features, first.weight, first.bias, *shape, "gelu", [], "tanh")
+        result: Tensor = convolve.binary(
+            hidden, features, second.weight, second.bias, *shape, "add", 1.0, None, [], None
+        )
+        return result
 
 
 class Magnifier(nn.Conv2d):
@@ -420,6 +440,11 @@ class DualBranchDiT(Backbone):
         last = cast(Magnifier, self.head[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(cast(Tensor, last.bias))
+
+    def fuse(self) -> None:
+        if self.dtype == torch.float32 and next(self.parameters()).device.type == "cpu":
+            for block in (module for module in self.modules() if isinstance(module, LocalBlock)):
+                block.fused = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
     def forward(self, x_t: Tensor, t: Tensor, r: Tensor, condition: Tensor | Prepared) -> Tensor:
         prepared = condition if isinstance(condition, Prepared) else self.prepare(condition)

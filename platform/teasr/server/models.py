@@ -153,6 +153,7 @@ class ModelSource:
 
     def _load(self, found: registry.Found) -> Served:
         model = load_model(registry.checked_weights(found))
+        model.network.fuse()
         # The first picture takes longer: libraries choose and prepare their kernels.
         side = min(_WARM_SIDE, model.network.tile)
         restore(
