@@ -26,7 +26,7 @@ from teasr.images import Picture
 from teasr.restoration import RestorationSettings, Tile, restore_tiles, restoring
 from teasr.server.models import Served
 
-BATCH_PIXELS = 128 * 128
+BATCH_PIXELS = 64 * 64
 """Low-resolution pixels of the tiles that are stacked, on a CPU: beyond, the network is as fast
 with one at a time, and a batch only makes its first picture wait for its last."""
 _SMALL_SHARE = 16  # pictures of up to 1/16 of the largest do not wait for larger ones
