@@ -35,6 +35,7 @@ from teasr.restoration import RestorationSettings
 from teasr.sampler import MAX_STEPS
 from teasr.server.metrics import Metrics
 from teasr.server.service import ClientGone, Refusal, Restored, Service
+from teasr.server.settings import ServerSettings
 
 _PAGE = Path(__file__).parent / "page.html"
 _MAX_TILE = 512
@@ -166,9 +167,12 @@ def _add_restoring(app: FastAPI) -> None:
                 415, "A form is not read.", "Send the file itself: curl --data-binary @FILE."
             )
         service: Service = request.app.state.service
-        body = await _read(request, service)
-        with _hanging_up(request) as gone:
-            restored = await service.restore(lambda: body, asked.restoration(), asked.format, gone)
+        with service.room():
+            body = await _read(request, service.settings)
+            with _hanging_up(request) as gone:
+                restored = await service.restore(
+                    lambda: body, asked.restoration(), asked.format, gone
+                )
         stages = ", ".join(f"{k};dur={1000 * v:.1f}" for k, v in restored.seconds.items())
         headers = {"Teasr-Version": _ascii(restored.version), "Server-Timing": stages}
         return Response(restored.data, media_type=_MEDIA[asked.format], headers=headers)
@@ -182,24 +186,24 @@ def _add_restoring(app: FastAPI) -> None:
     async def invocations(request: Request) -> Response:
         """Restore pictures as MLflow's scoring server does."""
         service: Service = request.app.state.service
-        body = await _read(request, service)
-        invocation = await asyncio.to_thread(_parsed, body)
-        images = invocation.images()
-        del body
-        service.check_room(len(images))
-        settings = (invocation.params or Asked()).restoration()
-        with _hanging_up(request) as gone:
-            work = [
-                asyncio.ensure_future(
-                    service.restore(partial(_bytes_of, text), settings, "png", gone)
-                )
-                for text in images
-            ]
-            try:
-                restored = await asyncio.gather(*work)
-            finally:
-                for one in work:  # one is refused: the others are of no use
-                    one.cancel()
+        with service.room():
+            body = await _read(request, service.settings)
+            invocation = await asyncio.to_thread(_parsed, body)
+            del body
+            images = invocation.images()
+            settings = (invocation.params or Asked()).restoration()
+            with service.room(len(images) - 1), _hanging_up(request) as gone:
+                work = [
+                    asyncio.ensure_future(
+                        service.restore(partial(_bytes_of, text), settings, "png", gone)
+                    )
+                    for text in images
+                ]
+                try:
+                    restored = await asyncio.gather(*work)
+                finally:
+                    for one in work:  # one is refused: the others are of no use
+                        one.cancel()
         return Response(
             await asyncio.to_thread(_predictions, restored), media_type="application/json"
         )
@@ -278,15 +282,12 @@ def _predictions(restored: Sequence[Restored]) -> bytes:
 # --------------------------------------------------------------------------- requests
 
 
-async def _read(request: Request, service: Service) -> bytes:
+async def _read(request: Request, settings: ServerSettings) -> bytes:
     """The body.
 
     Raises:
-        Refusal: 429 before it is read when the queue is full, 413 when it is too large, 408 when
-            it does not arrive in time.
+        Refusal: 413 when it is too large, 408 when it does not arrive in time.
     """
-    service.check_room()
-    settings = service.settings
     declared = request.headers.get("content-length", "")
     too_large = Refusal(
         413, f"The request is larger than {settings.max_megabytes:g} MiB.", "Send a smaller file."

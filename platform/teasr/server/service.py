@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -115,8 +116,9 @@ class Service:
         """Pictures that are waiting or worked on."""
         return self._accepted
 
-    def check_room(self, pictures: int = 1) -> None:
-        """Whether so many more pictures are accepted now.
+    @contextlib.contextmanager
+    def room(self, pictures: int = 1) -> Iterator[None]:
+        """Accept so many more pictures; to be entered before their bytes are read.
 
         Raises:
             Refusal: 429 when the queue is full, 503 when the server is being stopped.
@@ -124,15 +126,19 @@ class Service:
         if self.stopping:
             raise Refusal(503, "The server is being stopped.", retry_after=5)
         if self._accepted + pictures > self.settings.queue:
-            seconds = min(
-                max(math.ceil(self._pace * self._accepted / torch.get_num_threads()), 1), 60
-            )
+            expected = self._pace * self._accepted / torch.get_num_threads()
+            seconds = min(max(math.ceil(expected), 1), 60)
             raise Refusal(
                 429,
                 f"The queue of {self.settings.queue} pictures is full.",
                 f"Ask again in {seconds} s.",
                 seconds,
             )
+        self._accepted += pictures
+        try:
+            yield
+        finally:
+            self._accepted -= pictures
 
     async def restore(
         self,
@@ -141,7 +147,7 @@ class Service:
         format: str,
         gone: asyncio.Future[None],
     ) -> Restored:
-        """Restore one picture.
+        """Restore one picture for which there is room.
 
         Args:
             read: gives its file; called in a thread.
@@ -149,23 +155,10 @@ class Service:
 
         Raises:
             TeasrError: for a picture that is refused.
-            Refusal: 413 for one that is too large, 429 when there is no room or no time.
+            Refusal: 413 for one that is too large or takes too long, 429 when its turn does not
+                come in time.
             ClientGone: when `gone` came first.
         """
-        self.check_room()
-        self._accepted += 1
-        try:
-            return await self._restore(read, settings, format, gone)
-        finally:
-            self._accepted -= 1
-
-    async def _restore(
-        self,
-        read: Callable[[], bytes],
-        settings: RestorationSettings,
-        format: str,
-        gone: asyncio.Future[None],
-    ) -> Restored:
         loop = asyncio.get_running_loop()
         begin = time.monotonic()
         served = self.source.current
