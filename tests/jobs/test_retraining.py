@@ -179,6 +179,6 @@ def test_the_store_goes_away_in_mid_run(place: Path) -> None:
         assert model.stat().st_mtime_ns == trained
         from mlflow import MlflowClient
 
-        client = MlflowClient(uri)
+        client = MlflowClient(uri, uri)
         run = client.get_run(client.get_model_version("kitchen", "1").run_id)
         assert run.info.status == "FINISHED" and run.data.metrics["training/steps"] == 150
