@@ -84,7 +84,8 @@ def test_refused_changes_nothing_and_is_recorded(
     newest = promotion.history(client, name)[0]
     assert (newest.version, newest.verdict, newest.state) == (2, "refused", "refused")
     # The rules are the caller's.
-    assert promotion.promote(client, name, gate=GateSettings(max_psnr_drop_db=1)).promoted
+    rules = GateSettings(rules={"fidelity": {"by": 1}})
+    assert promotion.promote(client, name, gate=rules).promoted
 
 
 def test_dry_run_writes_nothing(client: MlflowClient, add: Callable[..., int], name: str) -> None:
