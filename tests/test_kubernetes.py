@@ -25,6 +25,8 @@ def manifest(name: str) -> dict[str, Any]:
 
 CRON = manifest("retrain-cronjob.yaml")
 RAY = manifest("retrain-raycronjob.yaml")
+STANDING = manifest("raycluster.yaml")
+JOB = manifest("rayjob.yaml")
 POD = CRON["spec"]["jobTemplate"]["spec"]["template"]["spec"]
 CLUSTER = RAY["spec"]["jobTemplate"]["rayClusterSpec"]
 PODS = [
@@ -35,7 +37,9 @@ PODS = [
 
 
 def test_all_manifests_are_looked_at() -> None:
-    names = {"retrain-cronjob.yaml", "retrain-raycronjob.yaml"}
+    names = {
+        *("retrain-cronjob.yaml", "retrain-raycronjob.yaml", "raycluster.yaml", "rayjob.yaml"),
+    }
     assert {path.name for path in FOLDER.iterdir()} == names
     assert (CRON["apiVersion"], CRON["kind"]) == ("batch/v1", "CronJob")
     assert (RAY["apiVersion"], RAY["kind"]) == ("ray.io/v1", "RayCronJob")
@@ -50,7 +54,11 @@ def test_all_manifests_are_looked_at() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [POD["containers"][0]["command"], shlex.split(RAY["spec"]["jobTemplate"]["entrypoint"])],
+    [
+        POD["containers"][0]["command"],
+        shlex.split(RAY["spec"]["jobTemplate"]["entrypoint"]),
+        shlex.split(JOB["spec"]["entrypoint"]),
+    ],
 )
 def test_commands_are_ours(command: list[str]) -> None:
     program, name, *arguments = command
@@ -103,3 +111,38 @@ def texts(part: Any) -> Iterator[str]:
         return
     for inner in part:
         yield from texts(inner)
+
+
+def test_standing_cluster_is_the_one_that_jobs_name() -> None:
+    assert (STANDING["apiVersion"], STANDING["kind"]) == ("ray.io/v1", "RayCluster")
+    assert (JOB["apiVersion"], JOB["kind"]) == ("ray.io/v1", "RayJob")
+    assert JOB["spec"]["clusterSelector"] == {"ray.io/cluster": STANDING["metadata"]["name"]}
+    spec = STANDING["spec"]
+    assert spec["rayVersion"] == CLUSTER["rayVersion"]
+    assert spec["enableInTreeAutoscaling"] and spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    pods = [group["template"]["spec"] for group in spec["workerGroupSpecs"]]
+    gpus = ["nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] for pod in pods]
+    assert gpus == [False, True]
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        STANDING["spec"]["headGroupSpec"]["template"]["spec"],
+        *(group["template"]["spec"] for group in STANDING["spec"]["workerGroupSpecs"]),
+        JOB["spec"]["submitterPodTemplate"]["spec"],
+    ],
+    ids=["head", "data", "train", "submitter"],
+)
+def test_pods_of_the_standing_cluster_have_few_rights(pod: dict[str, Any]) -> None:
+    user = pod["securityContext"]
+    assert user["runAsNonRoot"] and user["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in pod["containers"]:
+        rights = container["securityContext"]
+        assert rights["allowPrivilegeEscalation"] is False
+        assert rights["capabilities"] == {"drop": ["ALL"]}
+        for variable in container["env"]:
+            assert "PASSWORD" not in variable["name"] or "value" not in variable
+        memory = container["resources"]
+        assert memory["requests"]["memory"] == memory["limits"]["memory"]
