@@ -5,8 +5,8 @@
 # torch's release is pinned in constraints.txt. For another one, such as a CUDA build:
 #   make quickstart CONSTRAINTS=/dev/null
 #
-# Short tests are shared by PROCESSES processes, one core each; long ones, which start several
-# processes themselves, follow one after the other:
+# Files of tests are shared by PROCESSES processes: the short ones first, then those that start
+# processes themselves.
 #   make unit PROCESSES=4
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ lint: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not journey" -n $(PROCESSES) --dist loadfile
-	$(BIN)/python -m pytest -m journey
+	$(BIN)/python -m pytest -m journey -n $(PROCESSES) --dist loadfile --durations=15
 
 # The environment is made anew whenever what it is made from changes.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

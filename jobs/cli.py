@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from jobs import data, schedule
+from jobs import data, schedule, submit
 from jobs.console import console, errors, progress_bar, say, suggest
 from jobs.options import Home, Overrides
 from jobs.options import home_folder as _home
@@ -37,6 +37,10 @@ app = typer.Typer(
 )
 app.add_typer(data.app)
 app.add_typer(schedule.app)
+app.add_typer(submit.app)
+# Options after COMMAND are its own.
+_AS_GIVEN = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command(context_settings=_AS_GIVEN)(submit.submit)
 
 OnChange = Annotated[
     str | None,
@@ -93,7 +97,7 @@ def quickstart(
     suggest(
         f"{where}teasr restore models:/{recipe.model}@champion YOUR.jpg out.png --steps 1",
         f"{where}teasr history {recipe.model}",
-        f"{where}mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}",
+        f"{where}teasr mlflow",
     )
 
 

@@ -173,7 +173,8 @@ def _pretrained(recipe: Recipe, backbone: PretrainedSettings, init: Path | None)
     settings = recipe.engine
     streamed = settings.offload_parameters == "stream"
     gpu = torch.cuda.is_available()
-    give_back_freed_memory()
+    if not gpu:
+        give_back_freed_memory()
     cache = _cache()
     with _in_turn(cache):
         prepare_pretrained(backbone, cache)

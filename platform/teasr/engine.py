@@ -698,7 +698,8 @@ def give_back_freed_memory(pieces: int = 64 << 10) -> None:
     """Have this process give pieces of memory of so many bytes back to the system when it frees
     them, in place of keeping them in a heap with holes (glibc; elsewhere nothing happens).
 
-    On a CPU a frozen base with adapters takes a third less memory then (`benchmarks/plan.py`).
+    On a CPU a frozen base with adapters takes up to a third less memory then, and a step of a small
+    one up to 1.5 times as long (docs/benchmarks.md, the planner): pages come anew each time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
