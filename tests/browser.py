@@ -157,4 +157,8 @@ def chromium(program: str, profile: Path) -> Iterator[Browser]:
         os.close(to_browser)
         os.close(from_browser)
         process.terminate()
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # a busy machine
+            process.kill()
+            process.wait()
