@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +18,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 console = Console()
 errors = Console(stderr=True)
 
+SECONDS_BETWEEN_LINES = 10
+
 
 @contextmanager
 def progress_bar(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A bar on the terminal; yields `update(done, note)`. Silent where there is no terminal."""
+    """A bar on the terminal; yields `update(done, note)`.
+
+    Where there is no terminal, nothing; with TEASR_PROGRESS=lines, as for what `teasr submit` runs,
+    a line every 10 seconds.
+    """
+    if os.environ.get("TEASR_PROGRESS") == "lines" and not errors.is_terminal:
+        yield _progress_lines(title, total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -34,6 +45,19 @@ def progress_bar(title: str, total: float) -> Iterator[Callable[[float, str], No
             bar.update(task, completed=done, note=note)
 
         yield update
+
+
+def _progress_lines(title: str, total: float) -> Callable[[float, str], None]:
+    told, line_before = -math.inf, ""
+
+    def update(done: float, note: str = "") -> None:
+        nonlocal told, line_before
+        line = f"{title} {done / total:4.0%} {note}".rstrip()
+        if line != line_before and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told, line_before = time.monotonic(), line
+            errors.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    return update
 
 
 def say(*lines: str) -> None:
