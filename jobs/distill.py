@@ -37,7 +37,7 @@ from jobs.recipe import Recipe
 from jobs.record import BEST_FOLDER, BestModels
 from jobs.training import MODEL_FOLDER, PROGRESS_FILE, STATE_FILE, Position, train
 from pipelines.feed import FeedPosition, feed, split
-from pipelines.runtime import ensure_ray, quiet_ray_data
+from pipelines.runtime import capacity, ensure_ray, quiet_ray_data
 from teasr import registry, tracking
 from teasr.checkpoints import Layout
 from teasr.engine import prepare_offload
@@ -293,7 +293,7 @@ def _mend_list(folder: Path) -> None:
 
 def _check_resources(recipe: Recipe) -> None:
     """Ray would wait for ever for what a cluster does not have: say so instead."""
-    training, have = recipe.training, ray.cluster_resources()
+    training, have = recipe.training, capacity()
     cpus = training.workers * training.cpus_per_worker
     if have.get("CPU", 0) < cpus + 1:
         raise UsageError(

@@ -15,6 +15,7 @@ from typing import TextIO
 import cv2
 import ray
 import ray.data
+from ray._private.state import state
 from ray._private.worker import global_worker
 
 from teasr.errors import TeasrError
@@ -65,6 +66,14 @@ def ensure_ray(num_cpus: int | None = None) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def capacity() -> dict[str, float]:
+    """CPUs, GPUs and the rest of the Ray in use, with the nodes that its autoscaler may start."""
+    have = ray.cluster_resources()
+    # Ray has no public word for it. None where nothing is autoscaled.
+    may_have = state.get_max_resources_from_cluster_config() or {}
+    return {name: max(have.get(name, 0), may_have.get(name, 0)) for name in {*have, *may_have}}
 
 
 def workers_lost() -> int:
