@@ -23,7 +23,7 @@ from tests.jobs.commands import command, environment, teasr
 from tests.ports import free_port
 from tests.test_tracking import mlflow_server
 
-pytestmark = pytest.mark.journey
+pytestmark = pytest.mark.long
 
 RECIPE = """
 model: kitchen
