@@ -7,7 +7,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from teasr.errors import TeasrError, UsageError
 
@@ -31,6 +34,23 @@ def free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def start_mlflow(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start `mlflow ARGUMENTS...` in a process group of its own; its output goes to `log`."""
+    # It starts `uvicorn` by name: that must be found beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**environment, "PATH": path},
+            start_new_session=True,
+        )
 
 
 def stop_group(process: subprocess.Popen[bytes], patience: float = 10) -> None:

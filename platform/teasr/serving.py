@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teasr.errors import TeasrError, UsageError
-from teasr.processes import check_port, free_port, stop_group
+from teasr.processes import check_port, free_port, start_mlflow, stop_group
 from teasr.registry import checked_weights, find, save_model
 
 if TYPE_CHECKING:
@@ -134,22 +133,11 @@ class ScoringServer:
         raise TeasrError(f"The server ended (status {status}).", self._tail())
 
     def _start(self, served: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mlflow", "models", "serve"]
-        command += ["--model-uri", str(served), "--env-manager", "local"]
-        command += ["--host", self.host, "--port", str(self.port)]
-        command += ["--workers", str(self.workers), "--timeout", str(self.request_timeout)]
-        # MLflow starts `uvicorn` by name: it must be found beside this Python.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        environment = os.environ | {VERSION_VARIABLE: self.version, "PATH": path}
-        with self.log.open("wb") as output:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a process group of its own, to be ended as a whole
-            )
+        arguments = ["models", "serve", "--model-uri", str(served), "--env-manager", "local"]
+        arguments += ["--host", self.host, "--port", str(self.port)]
+        arguments += ["--workers", str(self.workers), "--timeout", str(self.request_timeout)]
+        environment = os.environ | {VERSION_VARIABLE: self.version}
+        return start_mlflow(arguments, self.log, environment)
 
     def _await(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self.timeout

@@ -10,13 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from teasr.errors import TeasrError, UsageError
-from teasr.processes import check_port, stop_group
+from teasr.processes import check_port, start_mlflow, stop_group
 from teasr.tracking import answers
 
 USER_VARIABLE = "MLFLOW_TRACKING_USERNAME"
@@ -77,27 +75,16 @@ class TrackingServer:
             )
         check_port(self.host, self.port)
         environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-        # It starts `uvicorn` by name: it must be found beside this Python.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        environment |= {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment["MLFLOW_DISABLE_TELEMETRY"] = "true"
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # of processes not needed here
-        command = [sys.executable, "-m", "mlflow", "server", "--host", self.host]
-        command += ["--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.home / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self.home / "artifacts")]
+        arguments = ["server", "--host", self.host, "--port", str(self.port), "--workers", "1"]
+        arguments += ["--backend-store-uri", f"sqlite:///{self.home / 'mlflow.db'}"]
+        arguments += ["--artifacts-destination", str(self.home / "artifacts")]
         if self.auth:
             environment |= self._credentials()
-            command += ["--app-name", "basic-auth"]
+            arguments += ["--app-name", "basic-auth"]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a process group of its own, to be ended as a whole
-            )
+        self._process = start_mlflow(arguments, self.log, environment)
         try:
             self._await()
         except BaseException:
