@@ -18,7 +18,8 @@ PASSWORD = "wQ7-correct-horse"
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "TEASR_HOME", USER_VARIABLE, PASSWORD_VARIABLE):
+    stores = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "TEASR_HOME")
+    for name in (*stores, USER_VARIABLE, PASSWORD_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -118,14 +118,15 @@ class Stage:
             return None
 
     def await_steps(self, name: str, process: subprocess.Popen[str], beyond: int) -> None:
-        """Wait for so many steps beyond a listed checkpoint that the command wrote."""
-        begun, deadline = self.listed(name), time.monotonic() + 300
+        """Wait for so many steps beyond the first listed checkpoint that the command wrote."""
+        begun, first, deadline = self.listed(name), None, time.monotonic() + 300
         while True:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
-            state, lines = self.listed(name), self.losses(name)
-            running = state and state != begun and self.workers()
-            if running and lines and lines[-1]["step"] >= state["steps"] + beyond:
+            if first is None and (state := self.listed(name)) != begun:
+                first = state
+            lines = self.losses(name)
+            if first and lines and lines[-1]["step"] >= first["steps"] + beyond and self.workers():
                 return
             time.sleep(0.02)
 

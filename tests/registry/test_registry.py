@@ -230,7 +230,5 @@ def test_a_server_s_models_are_downloaded_once(
         assert load_model(folder).network.settings == PRESETS["teasr-xs"]
         modified = folder.stat().st_mtime_ns
         assert registry.resolve("models:/teasr/1").stat().st_mtime_ns == modified
-    import mlflow  # other tests go on with the module's own store
-
-    mlflow.set_tracking_uri(client.tracking_uri)
-    mlflow.set_registry_uri(client.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    tracking.connect()  # other tests go on with the module's own store
