@@ -24,9 +24,12 @@ from typing import Any, Self
 
 from teasr.shards import write_bytes
 
+RUN_FILE = "run.json"
+PROGRESS_FILE = "progress.json"
 LOSSES_FILE = "losses.jsonl"
 BEST_FOLDER = "best"
 _LIST_FILE = "best.json"
+_TAIL_BYTES = 64 * 1024
 RECENT = 50
 """Steps over which a term's mean is taken, to judge its growth."""
 
@@ -35,6 +38,30 @@ def read_losses(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of `losses.jsonl`, up to the first that is not whole; none when it is not there."""
     for line, _ in _lines(path):
         yield line
+
+
+def last_loss(path: Path) -> dict[str, Any] | None:
+    """The last whole line of `losses.jsonl`, read from its end; None where there is none."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    with file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]  # after the last newline: nothing, or half a line
+    for raw in reversed(lines):
+        try:
+            line: dict[str, Any] = json.loads(raw)
+            return line
+        except ValueError:  # the first, where the tail began within it
+            continue
+    return None
+
+
+def seconds_left(progress: Mapping[str, Any]) -> float:
+    """Of training, by what `progress.json` says is done."""
+    done: float = progress["progress"]
+    return float(progress["seconds"]) * (1 - done) / max(done, 1e-9)
 
 
 class LossFile:

@@ -27,7 +27,9 @@ from jobs.networks import Trainee, build
 from jobs.preemption import StopFile, leaving
 from jobs.previews import Pair, Preview, preview
 from jobs.recipe import Recipe, TrainingSettings
-from jobs.record import LOSSES_FILE, BestModels, Growth, LossFile, read_losses
+from jobs.record import LOSSES_FILE, PROGRESS_FILE, BestModels, Growth, LossFile, read_losses
+from jobs.sweeps import SweepCounter
+from pipelines import telemetry
 from pipelines.feed import FeedPosition, LockStep, block_size
 from teasr.backbones import save_model
 from teasr.dmd import judges, student_weights
@@ -40,7 +42,6 @@ from teasr.tracking import RunLogger, connect
 
 log = logging.getLogger(__name__)
 
-PROGRESS_FILE = "progress.json"
 MODEL_FOLDER = "model"
 STATE_FILE = "teasr.json"
 ASK_SECONDS = 5.0
@@ -113,7 +114,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
     decide = _Decisions(training, folder, rank, together)
     record = _Record(config, training, position) if rank == 0 else None
     model = _Model(trainee, recipe, folder, together)
-    window = _Window()
+    window, sweeps = _Window(), SweepCounter(engine.network)
     batches = iter(
         ray.train.get_dataset_shard("train").iter_torch_batches(
             batch_size=training.batch, prefetch_batches=4, drop_last=True
@@ -174,6 +175,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
                 {f"loss/{name}": value for name, value in figures.items()}
                 | ({} if norm is None else {"gradient_norm": norm}),
                 samples=training.batch * workers,
+                sweeps=sweeps.take(),
                 waiting_for_data=began - waiting,
                 in_sweeps=now - began - optimizer,
                 in_optimizer=optimizer,
@@ -366,10 +368,10 @@ class _Window:
         self._began = time.monotonic()
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
-        self._samples = 0
+        self._samples = self._sweeps = 0
         self._seconds: dict[str, float] = {}
 
-    def add(self, values: Mapping[str, float], samples: int, **seconds: float) -> None:
+    def add(self, values: Mapping[str, float], samples: int, sweeps: int, **seconds: float) -> None:
         """Count a step; `seconds` that it spent, by what on."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -377,6 +379,7 @@ class _Window:
         for name, spent in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
         self._samples += samples
+        self._sweeps += sweeps
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not spent on training."""
@@ -387,6 +390,7 @@ class _Window:
         seconds = max(time.monotonic() - self._began, 1e-9)
         values = {name: total / self._counts[name] for name, total in self._sums.items()}
         values["samples_per_second"] = self._samples / seconds
+        values["sweeps_per_second"] = self._sweeps / seconds
         values |= {f"share_{name}": spent / seconds for name, spent in self._seconds.items()}
         self._reset()
         return values
@@ -417,6 +421,8 @@ class _Record:
         wrong: str | None,
     ) -> dict[str, Any] | None:
         """Note one step, of the pairs from `first` on; what is wrong with the run, if anything."""
+        telemetry.show(telemetry.STEP, position.steps, run=self._folder.name)
+        telemetry.show(telemetry.BAD_STEPS, position.bad_steps, run=self._folder.name)
         line: dict[str, Any] = {"step": position.steps, "samples": [first, position.samples]}
         if wrong is not None:
             self._losses.write({**line, "not_finite": wrong})
@@ -438,6 +444,7 @@ class _Record:
         """Means since the last record."""
         self._logger.log(position.steps, values)
         _write_progress(self._folder, position, progress, values)
+        telemetry.training(self._folder.name, progress, values)
 
     def show(self, position: Position, preview: Preview) -> None:
         """A preview."""

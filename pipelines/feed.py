@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from ray.data import DataIterator, Dataset
 
-from pipelines.runtime import prepare_process
+from pipelines import telemetry
+from pipelines.runtime import nodes_for, prepare_process
 from teasr.config import Settings
 from teasr.degradation import SCALE, DegradationSettings, load_preset, sample_seed
 from teasr.errors import TeasrError, UsageError
@@ -212,7 +213,9 @@ def feed(
     # The dealer waits most of the time, and must not hold the CPU that it waits for.
     deal = _DealPasses(passes.context.target_max_block_size + 1)
     dealt = passes.map_batches(deal, batch_size=None, num_cpus=0)
-    return dealt.map_batches(make, batch_size=1, zero_copy_batch=True, num_cpus=1)
+    return dealt.map_batches(
+        make, batch_size=1, zero_copy_batch=True, num_cpus=1, resources=nodes_for("data")
+    )
 
 
 def training_pass(
@@ -350,6 +353,7 @@ class TrainingPass:
         for row in range(skipped, len(slots), self.rows):
             part = slice(row, row + self.rows)
             numbers = np.arange(begin + row, begin + row + len(hr[part]))
+            telemetry.count(telemetry.SAMPLES, len(numbers), stage="feed")
             yield {"number": numbers, "hr": hr[part], "lr": lr[part]}
 
     def _photographs(self, shard: ShardInfo) -> Iterator[tuple[int, str, Bytes]]:

@@ -23,6 +23,7 @@ import ray.data
 import ray.exceptions
 import torch
 
+from pipelines import telemetry
 from pipelines.runtime import MAX_LOST_WORKERS, ensure_ray, quiet_actor_start, quiet_ray_data
 from teasr.backbones import load_model, named_base
 from teasr.errors import TeasrError, UsageError
@@ -136,6 +137,7 @@ def restore_many(
         }
         for count, outcome in enumerate(_restore_all(tasks, from_shards, restorer, total), 1):
             outcomes.append(outcome)
+            telemetry.count(telemetry.SAMPLES, outcome.state == "done", stage="restore")
             if progress:
                 progress(min(count, total), total)
         place.sweep()

@@ -27,7 +27,14 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.runtime import MAX_LOST_WORKERS, ensure_ray, quiet_ray_data, workers_lost
+from pipelines import telemetry
+from pipelines.runtime import (
+    MAX_LOST_WORKERS,
+    ensure_ray,
+    nodes_for,
+    quiet_ray_data,
+    workers_lost,
+)
 from teasr.config import Settings
 from teasr.errors import TeasrError, UsageError
 from teasr.shards import (
@@ -251,6 +258,8 @@ def run_job(
         samples_bar = progress.add_task(f"{title}: samples", total=total)
         for one in _build_all(missing, builder, plan.destination):
             stats[one.shard.name] = one
+            reasons = Counter(entry.reason for entry in one.quarantined)
+            telemetry.stage(title, one.shard.samples, reasons)
             progress.advance(shards_bar)
             progress.advance(samples_bar, one.shard.samples + len(one.quarantined))
     if missing:
@@ -449,7 +458,8 @@ def map_on_ray(work: OnRay, given: list[str], doing: str) -> Iterator[str]:
     try:
         with quiet_ray_data():
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            for row in dataset.map(work.run).iter_rows():
+            mapped = dataset.map(work.run, resources=nodes_for("data"))
+            for row in mapped.iter_rows():
                 if row["error"]:
                     raise _error_of(json.loads(row["error"]))
                 yield row["result"]

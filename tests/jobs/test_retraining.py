@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jobs.locks import holder
+from jobs.record import PROGRESS_FILE
 from jobs.schedule_store import Store
-from jobs.training import PROGRESS_FILE
 from teasr import registry, tracking
 from teasr.drift import COMPARED, REFERENCE_FILE, Reference
 from teasr.images import encode
