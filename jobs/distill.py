@@ -33,11 +33,11 @@ from jobs.networks import absolute_source, check_network
 from jobs.plan import check_fits, this_machine
 from jobs.preemption import HearSigterm, Preempted, StopRequest
 from jobs.previews import preview_pairs
-from jobs.recipe import Recipe, TrainingSettings
+from jobs.recipe import Recipe
 from jobs.record import BEST_FOLDER, PROGRESS_FILE, RUN_FILE, BestModels, seconds_left
 from jobs.training import MODEL_FOLDER, STATE_FILE, Position, train
 from pipelines.feed import FeedPosition, feed, split
-from pipelines.runtime import capacity, ensure_ray, nodes_for, quiet_ray_data
+from pipelines.runtime import capacity, ensure_ray, quiet_ray_data
 from teasr import registry, tracking
 from teasr.checkpoints import Layout
 from teasr.engine import prepare_offload
@@ -126,12 +126,11 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
             "pairs": preview_pairs(recipe) if recipe.training.minutes_between_previews else [],
         },
         scaling_config=ScalingConfig(
-            num_workers=_workers(recipe.training),
+            num_workers=recipe.training.workers,
             use_gpu=recipe.training.gpu,
             resources_per_worker={
                 "CPU": recipe.training.cpus_per_worker,
                 **({"GPU": 1} if recipe.training.gpu else {}),
-                **nodes_for("training"),
             },
         ),
         datasets={"train": _Feed(recipe, str(folder.absolute()))},
@@ -197,29 +196,14 @@ def _best(folder: Path) -> dict[str, Any] | None:
     return {**entries[0], "model": str(folder / BEST_FOLDER / entries[0]["model"])}
 
 
-def _workers(training: TrainingSettings) -> int | tuple[int, int]:
-    """How many workers Ray Train starts: so many, or as it finds room for between two numbers."""
-    if training.min_workers is None:
-        return training.workers
-    return training.min_workers, training.workers
-
-
 @dataclass(frozen=True)
 class _Feed:
-    """Makes the feed anew when Ray Train (re)starts its workers, where the checkpoint stands.
-
-    Ray Train calls it before it knows how many workers there are: the feed is made after that, by
-    `_InOrder`.
-    """
+    """Makes the feed anew when Ray Train (re)starts its workers, where the checkpoint stands."""
 
     recipe: Recipe
     folder: str
 
-    def __call__(self) -> _Feed:
-        return self
-
-    def of(self, workers: int) -> Dataset:
-        """The feed of so many workers."""
+    def __call__(self) -> Dataset:
         recipe = self.recipe
         assert recipe.data is not None
         state = _last_state(Path(self.folder))
@@ -229,7 +213,7 @@ class _Feed:
             recipe.data,
             recipe.feed,
             batch=training.batch,
-            consumers=workers,
+            consumers=training.workers,
             position=position,
         )
 
@@ -238,10 +222,13 @@ class _InOrder(DataConfig):
     """Has Ray Train split the feed in order: its own configuration drops that of the dataset."""
 
     def configure(
-        self, datasets: dict[str, _Feed], world_size: int, *args: Any, **kwargs: Any
+        self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, DataIterator]]:
-        (feed,) = datasets.values()
-        return [{"train": share} for share in split(feed.of(world_size), world_size)]
+        output: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            for shares, share in zip(output, split(dataset, world_size)):
+                shares[name] = share
+        return output
 
 
 def _last_state(folder: Path) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ from pydantic import Field, field_validator
 from ray.data import DataIterator, Dataset
 
 from pipelines import telemetry
-from pipelines.runtime import nodes_for, prepare_process
+from pipelines.runtime import prepare_process
 from teasr.config import Settings
 from teasr.degradation import SCALE, DegradationSettings, load_preset, sample_seed
 from teasr.errors import TeasrError, UsageError
@@ -213,9 +213,7 @@ def feed(
     # The dealer waits most of the time, and must not hold the CPU that it waits for.
     deal = _DealPasses(passes.context.target_max_block_size + 1)
     dealt = passes.map_batches(deal, batch_size=None, num_cpus=0)
-    return dealt.map_batches(
-        make, batch_size=1, zero_copy_batch=True, num_cpus=1, resources=nodes_for("data")
-    )
+    return dealt.map_batches(make, batch_size=1, zero_copy_batch=True, num_cpus=1)
 
 
 def training_pass(

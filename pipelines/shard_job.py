@@ -28,13 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines import telemetry
-from pipelines.runtime import (
-    MAX_LOST_WORKERS,
-    ensure_ray,
-    nodes_for,
-    quiet_ray_data,
-    workers_lost,
-)
+from pipelines.runtime import MAX_LOST_WORKERS, ensure_ray, quiet_ray_data, workers_lost
 from teasr.config import Settings
 from teasr.errors import TeasrError, UsageError
 from teasr.shards import (
@@ -458,8 +452,7 @@ def map_on_ray(work: OnRay, given: list[str], doing: str) -> Iterator[str]:
     try:
         with quiet_ray_data():
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            mapped = dataset.map(work.run, resources=nodes_for("data"))
-            for row in mapped.iter_rows():
+            for row in dataset.map(work.run).iter_rows():
                 if row["error"]:
                     raise _error_of(json.loads(row["error"]))
                 yield row["result"]
