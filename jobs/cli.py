@@ -811,6 +811,24 @@ def drift(
 
 
 @app.command()
+def status(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON alone, a line for each look.")
+    ] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Look again and again, until interrupted.", min=1),
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Cluster, jobs, trainings, retrainings, champions and data on one screen."""
+    root = _home(home)
+    from jobs.status_screen import show
+
+    show(root, as_json, watch)
+
+
+@app.command()
 def doctor(home: Home = None) -> None:
     """What is installed, reachable and compiled here; what to do about what is not."""
     root = _home(home)

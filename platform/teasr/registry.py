@@ -33,7 +33,7 @@ from teasr.tracking import connect, git_commit, home, keep_mlflow_quiet, store_e
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.models import Model, ModelSignature
 
 CHALLENGER = "challenger"
@@ -395,11 +395,21 @@ def versions_for_people(client: MlflowClient, name: str) -> str:
     return f"Versions: {', '.join(shown[:20]) or 'none'}."
 
 
+def registered_models(client: MlflowClient) -> list[RegisteredModel]:
+    """All models, by name, with their aliases; not the queues of changes."""
+    found: list[RegisteredModel] = []
+    token = None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        found += [model for model in page if not model.name.endswith(TURNS)]
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda model: model.name)
+
+
 def _registered(client: MlflowClient) -> str:
     shown = []
-    for model in client.search_registered_models(max_results=50):
-        if model.name.endswith(TURNS):
-            continue
+    for model in registered_models(client)[:50]:
         aliases = [f"@{alias} = {version}" for alias, version in sorted(model.aliases.items())]
         shown.append(f"{model.name} ({', '.join(aliases)})" if aliases else model.name)
     return f"Registered: {', '.join(shown) or 'none'}."

@@ -60,9 +60,11 @@ def tracking_uri(home: Path) -> str:
     return f"sqlite:///{home / _DATABASE}"
 
 
-def store_exists() -> bool:
-    """Whether there is a store to ask without creating one."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (home() / _DATABASE).exists()
+def store_exists(home: Path | None = None) -> bool:
+    """Whether there is a store of `home` (default: `home()`) to ask without creating one."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return True
+    return ((home or _home()) / _DATABASE).exists()
 
 
 def connect(home: Path | None = None) -> MlflowClient:
