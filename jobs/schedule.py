@@ -158,10 +158,22 @@ def run(
     look: Annotated[
         float, typer.Option(help="Seconds between looks for new data and drift.", min=0.1)
     ] = 60.0,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Port on which Prometheus reads retrainings and champions.", min=1),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address; anything but loopback is open to the network.")
+    ] = "127.0.0.1",
     home: Home = None,
 ) -> None:
     """Serve the schedules until interrupted; a retraining that runs then ends resumably."""
     root = home_folder(home)
     from jobs.scheduler import Service
 
+    if metrics_port is not None:
+        from jobs.schedule_metrics import serve_metrics
+
+        serve_metrics(root, metrics_host, metrics_port)
+        say(f"metrics at http://{metrics_host}:{metrics_port}/metrics")
     Service(root, look).run()
