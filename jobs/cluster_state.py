@@ -41,13 +41,15 @@ def look() -> Cluster | None:
         TeasrError: when it does not answer.
     """
     given = os.environ.get("RAY_ADDRESS", "")
-    if not given or given.startswith("http"):
+    if given.startswith("http"):  # a dashboard's
+        given = ""
+    if not given:
         if not services.find_gcs_addresses():
             return None
         os.environ["RAY_ADDRESS"] = "auto"
     address = services.canonicalize_bootstrap_address("auto") or ""
     if not address.startswith("ray://"):
-        _check_answer(address)
+        _check_answer(address, address if given in ("", "auto") else given)
     # It looks for a token when it starts a cluster, and not here.
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -65,13 +67,13 @@ def look() -> Cluster | None:
     return Cluster(address, nodes, len(listed) - len(alive))
 
 
-def _check_answer(address: str) -> None:
-    """Fail at once, where Ray would try for half a minute."""
+def _check_answer(address: str, told: str) -> None:
+    """Fail at once, where Ray would try for half a minute; `told` is the address for people."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
     except (OSError, ValueError):
-        raise TeasrError(f"No Ray cluster answers at {address}.") from None
+        raise TeasrError(f"No Ray cluster answers at {told}.") from None
 
 
 def _node(node: Mapping[str, Any], free: Mapping[str, float], figures: Mapping[str, float]) -> Node:

@@ -25,7 +25,7 @@ from teasr.errors import TeasrError, UsageError
 from teasr.shards import MANIFEST_NAME, manifest_document, manifest_of
 from teasr.tracking import first_line, mask_credentials
 
-PATIENCE_SECONDS = 12.0
+PATIENCE_SECONDS = 20.0
 """So long each part may take."""
 RECENT = timedelta(days=7)
 """Over which growth is told."""

@@ -159,7 +159,7 @@ def _training(one: Training) -> Sequence[str]:
         f"{one.samples_per_second:.1f} samples/s",
         loss,
         f"{duration(one.seconds_left)} left",
-        f"waited for data {one.waiting_for_data:.0%}",
+        f"feed wait {one.waiting_for_data:.0%}",
     )
 
 
