@@ -13,6 +13,7 @@ import asyncio
 import importlib.util
 import io
 import logging
+import math
 import os
 import shlex
 import sys
@@ -24,7 +25,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import aiohttp
 import typer
@@ -54,6 +55,16 @@ STOP_SECONDS = 300
 PATIENCE_SECONDS = 60
 """So long a cluster that does not answer is asked again while a job is followed."""
 
+SILENCE_SECONDS = 30
+"""After so long without a word it is asked whether it is there: a lost connection may be silent."""
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, which by itself would wait for an answer for ever."""
+
+    def _do_request(self, *arguments: Any, **options: Any) -> Any:
+        return super()._do_request(*arguments, **{"timeout": SILENCE_SECONDS, **options})
+
 
 def connect(address: str | None) -> JobSubmissionClient:
     """A client of the cluster whose dashboard is at `address`, or where the environment says.
@@ -77,7 +88,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         logging.getLogger(module.__name__).setLevel(logging.ERROR)
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        return JobSubmissionClient(found)
+        return _Client(found)
     except AuthenticationError:
         raise TeasrError(
             f"The Ray cluster at {mask_credentials(found)} refuses: it asks for a token.",
@@ -212,29 +223,37 @@ def follow(client: JobSubmissionClient, job: str) -> None:
         typer.Exit: on Ctrl-C; the job goes on.
     """
     again = f"teasr jobs logs {job} --follow"
-    shown, answered = 0, time.monotonic()
+    shown, lost_since = 0, math.inf
 
-    async def show() -> None:
-        nonlocal shown, answered
+    async def show() -> bool:
+        """Whether what it prints has come to an end; False when it was silent for long."""
+        nonlocal shown, lost_since
         read = 0  # Ray begins anew with each connection
         tail = cast(AsyncGenerator[str, None], client.tail_job_logs(job))
-        async with aclosing(tail) as chunks:
-            async for chunk in chunks:
-                sys.stdout.write(chunk[max(0, shown - read) :])
-                sys.stdout.flush()
-                read += len(chunk)
-                shown, answered = max(shown, read), time.monotonic()
+        now = asyncio.get_running_loop().time
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS) as silence, aclosing(tail) as chunks:
+                async for chunk in chunks:
+                    sys.stdout.write(chunk[max(0, shown - read) :])
+                    sys.stdout.flush()
+                    read += len(chunk)
+                    shown, lost_since = max(shown, read), math.inf
+                    silence.reschedule(now() + SILENCE_SECONDS)
+        except TimeoutError:
+            return False
+        return True
 
     try:
         while True:
             try:
-                asyncio.run(show())
+                whole = asyncio.run(show())
                 ended = client.get_job_info(job)
-                answered = time.monotonic()
-                if ended.status.is_terminal():
+                lost_since = math.inf
+                if whole and ended.status.is_terminal():
                     break
             except (OSError, RuntimeError, aiohttp.ClientError) as error:
-                if time.monotonic() - answered > PATIENCE_SECONDS:
+                lost_since = min(lost_since, time.monotonic())
+                if time.monotonic() - lost_since > PATIENCE_SECONDS:
                     raise TeasrError(
                         f"{client.get_address()} has not answered for {PATIENCE_SECONDS} s: "
                         f"{_first_line(error)}",
