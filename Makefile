@@ -16,7 +16,7 @@ PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint unit long clean
+.PHONY: quickstart test lint unit long chaos clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/teasr quickstart
@@ -29,12 +29,16 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not journey and not long" -n $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not journey and not long and not chaos" -n $(PROCESSES) --dist loadfile
 	$(BIN)/python -m pytest -m journey -n $(PROCESSES) --dist loadfile --durations=15
 
 # Retraining by schedule through crashes, new data and a store that goes away: some ten minutes.
 long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
+
+# Nodes of a cluster that die, hang, are cut off, run full: prints the table of docs/reliability.md.
+chaos: $(INSTALLED)
+	$(BIN)/python -m pytest -m chaos
 
 # The environment is made anew whenever what it is made from changes.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)

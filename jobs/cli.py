@@ -265,6 +265,8 @@ def distill(
     if result.best:
         best = result.best
         say(f"best preview: {best['psnr_y']:.2f} dB at step {best['step']}, in {best['model']}")
+    if result.spilled:
+        say(f"Ray moved {result.spilled / 1e6:.0f} MB from the object store to disk meanwhile")
     suggest(f"teasr evaluate {result.model} --data PAIRS", f"teasr restore {result.model} IN OUT")
 
 

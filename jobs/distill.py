@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +28,24 @@ from ray.data import DataIterator, Dataset
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from jobs.addresses import UseRaysAddress
 from jobs.console import progress_bar
 from jobs.networks import absolute_source, check_network
 from jobs.plan import check_fits, this_machine
 from jobs.preemption import HearSigterm, Preempted, StopRequest
 from jobs.previews import preview_pairs
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, TrainingSettings
 from jobs.record import BEST_FOLDER, PROGRESS_FILE, RUN_FILE, BestModels, seconds_left
 from jobs.training import MODEL_FOLDER, STATE_FILE, Position, train
-from pipelines.feed import FeedPosition, feed, split
-from pipelines.runtime import capacity, ensure_ray, quiet_ray_data
+from pipelines.feed import FeedPosition, bytes_in_flight, feed, split
+from pipelines.runtime import (
+    capacity,
+    ensure_ray,
+    nodes_for,
+    quiet_ray_data,
+    room_for,
+    spilled_bytes,
+)
 from teasr import registry, tracking
 from teasr.checkpoints import Layout
 from teasr.engine import prepare_offload
@@ -61,6 +69,7 @@ class Distilled:
         best: the model whose preview had the highest PSNR, as `step`, `psnr_y` in dB and `model`, a
             folder; None when there were no previews. The run's own model is its last.
         reused: whether the run was already finished.
+        spilled: bytes that Ray moved from object stores to disks meanwhile, of other jobs too.
     """
 
     run_id: str
@@ -68,6 +77,7 @@ class Distilled:
     position: dict[str, Any]
     best: dict[str, Any] | None = None
     reused: bool = False
+    spilled: int = 0
 
 
 def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distilled:
@@ -126,12 +136,9 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
             "pairs": preview_pairs(recipe) if recipe.training.minutes_between_previews else [],
         },
         scaling_config=ScalingConfig(
-            num_workers=recipe.training.workers,
+            num_workers=_workers(recipe.training),
             use_gpu=recipe.training.gpu,
-            resources_per_worker={
-                "CPU": recipe.training.cpus_per_worker,
-                **({"GPU": 1} if recipe.training.gpu else {}),
-            },
+            resources_per_worker=_worker(recipe.training),
         ),
         datasets={"train": _Feed(recipe, str(folder.absolute()))},
         dataset_config=_InOrder(),
@@ -140,9 +147,10 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
             storage_path=str(folder.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.training.keep_last),
             failure_config=FailureConfig(max_failures=recipe.training.max_failures),
-            callbacks=[HearSigterm()],
+            callbacks=[HearSigterm(), UseRaysAddress()],
         ),
     )
+    spilled = spilled_bytes()
     with quiet_ray_data(), _live_line(folder, recipe), StopRequest(folder) as request:
         try:
             result = request.while_running(trainer.fit)
@@ -166,8 +174,11 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
         shutil.copytree(Path(checkpoint) / MODEL_FOLDER, model, dirs_exist_ok=True)
     run = {**run, "finished": True, "closed": False, "position": position}
     _write_run(folder, run)
-    _close(tracking.connect(), folder, run)
-    return Distilled(run["run_id"], model, position, _best(folder))
+    client = tracking.connect()
+    spilled = spilled_bytes() - spilled
+    client.log_metric(run["run_id"], "object_store/spilled_mb", spilled / 1e6)
+    _close(client, folder, run)
+    return Distilled(run["run_id"], model, position, _best(folder), spilled=spilled)
 
 
 def _note_end(client: Any, run: dict[str, Any], status: str) -> None:
@@ -196,14 +207,29 @@ def _best(folder: Path) -> dict[str, Any] | None:
     return {**entries[0], "model": str(folder / BEST_FOLDER / entries[0]["model"])}
 
 
+def _workers(training: TrainingSettings) -> int | tuple[int, int]:
+    """How many workers Ray Train starts: so many, or as it finds room for between two numbers."""
+    if training.min_workers is None:
+        return training.workers
+    return training.min_workers, training.workers
+
+
 @dataclass(frozen=True)
 class _Feed:
-    """Makes the feed anew when Ray Train (re)starts its workers, where the checkpoint stands."""
+    """Makes the feed anew when Ray Train (re)starts its workers, where the checkpoint stands.
+
+    Ray Train calls it before it knows how many workers there are: the feed is made after that, by
+    `_InOrder`.
+    """
 
     recipe: Recipe
     folder: str
 
-    def __call__(self) -> Dataset:
+    def __call__(self) -> _Feed:
+        return self
+
+    def of(self, workers: int) -> Dataset:
+        """The feed of so many workers."""
         recipe = self.recipe
         assert recipe.data is not None
         state = _last_state(Path(self.folder))
@@ -213,7 +239,7 @@ class _Feed:
             recipe.data,
             recipe.feed,
             batch=training.batch,
-            consumers=training.workers,
+            consumers=workers,
             position=position,
         )
 
@@ -222,13 +248,10 @@ class _InOrder(DataConfig):
     """Has Ray Train split the feed in order: its own configuration drops that of the dataset."""
 
     def configure(
-        self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
+        self, datasets: dict[str, _Feed], world_size: int, *args: Any, **kwargs: Any
     ) -> list[dict[str, DataIterator]]:
-        output: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            for shares, share in zip(output, split(dataset, world_size)):
-                shares[name] = share
-        return output
+        (feed,) = datasets.values()
+        return [{"train": share} for share in split(feed.of(world_size), world_size)]
 
 
 def _last_state(folder: Path) -> dict[str, Any] | None:
@@ -293,20 +316,51 @@ def _mend_list(folder: Path) -> None:
 def _check_resources(recipe: Recipe) -> None:
     """Ray would wait for ever for what a cluster does not have: say so instead."""
     training, have = recipe.training, capacity()
-    cpus = training.workers * training.cpus_per_worker
+    workers = training.min_workers or training.workers
+    named = "training.workers" if training.min_workers is None else "training.min_workers"
+    cpus = workers * training.cpus_per_worker
     if have.get("CPU", 0) < cpus + 1:
         raise UsageError(
-            f"training.workers={training.workers} with {training.cpus_per_worker} CPU(s) each "
+            f"{named}={workers} with {training.cpus_per_worker} CPU(s) each "
             f"leave no CPU for the feed: this Ray has {have.get('CPU', 0):.0f}, {cpus + 1} are "
             "needed.",
-            "Lower training.workers or training.cpus_per_worker, or add machines.",
+            f"Lower {named} or training.cpus_per_worker, or add machines.",
         )
-    if training.gpu and have.get("GPU", 0) < training.workers:
+    if training.gpu and have.get("GPU", 0) < workers:
         raise UsageError(
-            f"training.workers={training.workers} need as many GPUs; this Ray has "
-            f"{have.get('GPU', 0):.0f}.",
-            "Lower training.workers, or set training.gpu=false to train on CPUs.",
+            f"{named}={workers} need as many GPUs; this Ray has {have.get('GPU', 0):.0f}.",
+            f"Lower {named}, or set training.gpu=false to train on CPUs.",
         )
+    if (places := room_for(_worker(training))) < workers:
+        raise UsageError(
+            f"{named}={workers}: the nodes of this Ray have room for {places}, each with "
+            f"{_in_words(_worker(training))} on one node.",
+            f"Lower {named} or training.cpus_per_worker, or add machines.",
+        )
+    if not room_for(task := {"CPU": 1, **nodes_for("data")}):
+        raise UsageError(
+            f"No node can run the feed: a task of it takes {_in_words(task)}.",
+            "Start a data node with a CPU.",
+        )
+    # Ray plans a dataset with at most half of what there is.
+    need = 2 * bytes_in_flight(recipe.feed, training.batch, workers)
+    if need > (store := have.get("object_store_memory", 0)):
+        raise UsageError(
+            f"The feed needs {need / 1e6:.0f} MB of object store for {workers} workers with "
+            f"batches of {training.batch} at {recipe.feed.crop} pixels; this Ray has "
+            f"{store / 1e6:.0f} MB.",
+            "Start Ray with a larger --object-store-memory, or lower training.batch.",
+        )
+
+
+def _worker(training: TrainingSettings) -> dict[str, float]:
+    """What a worker asks of a node."""
+    gpu = {"GPU": 1} if training.gpu else {}
+    return {"CPU": training.cpus_per_worker, **gpu, **nodes_for("training")}
+
+
+def _in_words(request: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in request.items())
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:

@@ -35,6 +35,9 @@ class TrainingSettings(Settings):
     """Pairs per worker and micro-batch."""
     workers: int = Field(1, ge=1)
     """Ray Train workers."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest workers to go on with when machines go; as machines come back there are more again.
+    None: all of `workers`, or wait for them."""
     gpu: bool = False
     """One GPU per worker."""
     cpus_per_worker: int = Field(1, ge=1)
@@ -62,13 +65,18 @@ class TrainingSettings(Settings):
     None: never. Terms that play against each other may grow in a run that is well."""
     max_failures: int = Field(3, ge=0)
     """Worker failures that are answered by a restart from the last checkpoint."""
+    max_silence_minutes: float = Field(30.0, gt=0)
+    """A worker that made no step for so long is taken to hang, and ends; the time it takes to load
+    and compile does not count."""
     seed: int = Field(0, ge=0)
     """Seed of weights, noise and times."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainingSettings:
+    def _fits_together(self) -> TrainingSettings:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give either minutes or steps")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError("min_workers cannot be more than workers")
         return self
 
     @property

@@ -29,8 +29,9 @@ from jobs.previews import Pair, Preview, preview
 from jobs.recipe import Recipe, TrainingSettings
 from jobs.record import LOSSES_FILE, PROGRESS_FILE, BestModels, Growth, LossFile, read_losses
 from jobs.sweeps import SweepCounter
+from jobs.watchdog import Watchdog
 from pipelines import telemetry
-from pipelines.feed import FeedPosition, LockStep, block_size
+from pipelines.feed import BATCHES_AHEAD, FeedPosition, LockStep, block_size
 from teasr.backbones import save_model
 from teasr.dmd import judges, student_weights
 from teasr.errors import TeasrError
@@ -117,9 +118,10 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
     window, sweeps = _Window(), SweepCounter(engine.network)
     batches = iter(
         ray.train.get_dataset_shard("train").iter_torch_batches(
-            batch_size=training.batch, prefetch_batches=4, drop_last=True
+            batch_size=training.batch, prefetch_batches=BATCHES_AHEAD, drop_last=True
         )
     )
+    watchdog = Watchdog(training.max_silence_minutes, folder / f"hung-{rank}.txt")
     # The clock starts with the first batch, and stands still for previews.
     before, started = position.seconds, None
     between = False  # two micro-batches of one optimizer step
@@ -161,6 +163,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
         first, position.samples = position.samples, position.samples + training.batch * workers
         # ---------------------------------------------------------------------------------------
 
+        watchdog.beat()
         now = time.monotonic()
         position.seconds = before + now - started
         position.peak_mb = max(position.peak_mb, peak_memory_mb(engine.device))
@@ -198,6 +201,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
             _report(model, position, record)
             decide.has_saved()
 
+    watchdog.stop()
     if not orders.diverged:
         _report(model, position, record)
     if record:

@@ -37,7 +37,7 @@ from pydantic import Field, field_validator
 from ray.data import DataIterator, Dataset
 
 from pipelines import telemetry
-from pipelines.runtime import prepare_process
+from pipelines.runtime import nodes_for, prepare_process
 from teasr.config import Settings
 from teasr.degradation import SCALE, DegradationSettings, load_preset, sample_seed
 from teasr.errors import TeasrError, UsageError
@@ -49,6 +49,9 @@ Numbers = NDArray[np.int64]
 
 BLOCK = 128
 """Pairs in a block where no number of consumers asks for less: each block costs Ray some 4 ms."""
+
+BATCHES_AHEAD = 4
+"""Batches that a consumer asks for before it needs them."""
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +176,13 @@ def block_size(batch: int, settings: FeedSettings, *, consumers: int = 1, number
     return math.gcd(batch, settings.crops_per_photo, number)
 
 
+def bytes_in_flight(settings: FeedSettings, batch: int, consumers: int) -> int:
+    """What the feed has in object stores at most, beside what its tasks are about to hand over:
+    the batches that consumers have and have asked for ahead, and two blocks of each task."""
+    rows = block_size(batch, settings, consumers=consumers)
+    return _row_bytes(settings) * (consumers * batch * (1 + BATCHES_AHEAD) + 2 * rows)
+
+
 # ---------------------------------------------------------------- the feed
 
 
@@ -213,7 +223,9 @@ def feed(
     # The dealer waits most of the time, and must not hold the CPU that it waits for.
     deal = _DealPasses(passes.context.target_max_block_size + 1)
     dealt = passes.map_batches(deal, batch_size=None, num_cpus=0)
-    return dealt.map_batches(make, batch_size=1, zero_copy_batch=True, num_cpus=1)
+    return dealt.map_batches(
+        make, batch_size=1, zero_copy_batch=True, num_cpus=1, resources=nodes_for("data")
+    )
 
 
 def training_pass(

@@ -7,14 +7,15 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TextIO
+from typing import Literal, TextIO
 
 import cv2
 import ray
 import ray.data
+from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 from ray._private.worker import global_worker
 
@@ -25,6 +26,9 @@ OBJECT_STORE_BYTES = 1_000_000_000
 
 MAX_LOST_WORKERS = 5
 """So many workers may be lost to one task, before the task is taken for the cause."""
+
+Role = Literal["data", "training"]
+_SHARE_OF_A_ROLE = 0.001  # so that CPUs and GPUs decide how much work a node takes
 
 # Names of the C library's parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
@@ -74,6 +78,33 @@ def capacity() -> dict[str, float]:
     # Ray has no public word for it. None where nothing is autoscaled.
     may_have = state.get_max_resources_from_cluster_config() or {}
     return {name: max(have.get(name, 0), may_have.get(name, 0)) for name in {*have, *may_have}}
+
+
+def room_for(request: Mapping[str, float]) -> int:
+    """How many workers or tasks that each `request` so much find a node, were all nodes idle.
+
+    Where an autoscaler may start nodes, the sum over all of them decides.
+    """
+    growing = bool(state.get_max_resources_from_cluster_config())
+    nodes = [capacity()] if growing else [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return sum(min(int(node.get(k, 0) // v) for k, v in request.items()) for node in nodes)
+
+
+def nodes_for(role: Role) -> dict[str, float]:
+    """What work of a role asks of its node beside CPUs and GPUs, as Ray's custom resources.
+
+    Nodes take a role by the resource `teasr_data` or `teasr_training` (`ray start
+    --resources='{"teasr_data": 1}'`). Where any node has it, or may be started with it, only such
+    nodes do that work; where none has, all do.
+    """
+    name = f"teasr_{role}"
+    return {name: _SHARE_OF_A_ROLE} if capacity().get(name, 0) else {}
+
+
+def spilled_bytes() -> int:
+    """Bytes that the nodes have moved from their object stores to disk since they started."""
+    # Ray has no public word for it but its exporter.
+    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
 
 
 def workers_lost() -> int:

@@ -28,7 +28,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines import telemetry
-from pipelines.runtime import MAX_LOST_WORKERS, ensure_ray, quiet_ray_data, workers_lost
+from pipelines.runtime import (
+    MAX_LOST_WORKERS,
+    ensure_ray,
+    nodes_for,
+    quiet_ray_data,
+    workers_lost,
+)
+from pipelines.watch import Watch, at_work
 from teasr.config import Settings
 from teasr.errors import TeasrError, UsageError
 from teasr.shards import (
@@ -371,8 +378,13 @@ class OnRay:
         """What people call this piece of work."""
         raise NotImplementedError
 
-    def run(self, row: dict[str, str]) -> dict[str, str]:
+    def run(self, row: dict[str, Any]) -> dict[str, Any]:
         """`__call__` on a row of Ray Data."""
+        began = time.monotonic()
+        with at_work(row["job"], row["number"]):
+            return self._answer(row) | {"seconds": time.monotonic() - began}
+
+    def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             if workers_lost() >= MAX_LOST_WORKERS:
                 raise TeasrError(
@@ -448,11 +460,13 @@ def map_on_ray(work: OnRay, given: list[str], doing: str) -> Iterator[str]:
     if not given:
         return
     ensure_ray()
-    rows = [{"given": text} for text in given]
     try:
-        with quiet_ray_data():
+        with quiet_ray_data(), Watch() as watch:
+            rows = [{"given": text, "job": watch.job, "number": i} for i, text in enumerate(given)]
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            for row in dataset.map(work.run).iter_rows():
+            mapped = dataset.map(work.run, resources=nodes_for("data"))
+            for row in mapped.iter_rows():
+                watch.ended(row["seconds"])
                 if row["error"]:
                     raise _error_of(json.loads(row["error"]))
                 yield row["result"]

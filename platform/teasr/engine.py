@@ -371,6 +371,9 @@ class Averaged(ABC):
         return result
 
 
+_INFERENCE_KERNEL = "deepspeed_shm_comm"
+
+
 class Engine(Averaged):
     """A backbone under training.
 
@@ -400,6 +403,8 @@ class Engine(Averaged):
         if settings.zero_stage == 3:
             _partition(network, settings.dtype, config)
         free_extensions()
+        # It compiles, for minutes, a kernel for an all-reduce that only its inference calls.
+        deepspeed.ops.__compatible_ops__[_INFERENCE_KERNEL] = False
         self._engine, *_ = deepspeed.initialize(
             model=network,
             model_parameters=[p for p in network.parameters() if p.requires_grad],

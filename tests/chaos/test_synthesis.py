@@ -1,0 +1,224 @@
+"""A synthesis on three nodes that break: the pairs are those of a calm run, byte for byte."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from teasr.images import encode
+from teasr.shards import Manifest, Sample, read_manifest, read_shard, write_manifest, write_shard
+from tests.chaos.nodes import Nodes, skewed
+from tests.chaos.outcomes import Outcome, Pulse
+
+pytestmark = pytest.mark.chaos
+
+SHARDS, PHOTOS, COPIES = 24, 2, 8
+STORE = "--object-store-memory=100000000"
+CUT = 20.0
+
+
+@dataclass
+class Stage:
+    """A cluster of a head without CPUs and two data nodes, and photographs."""
+
+    nodes: Nodes
+    hr: Path
+    calm: Path
+    disk: Path
+    calm_pause: float = 0.0
+    said: str = ""
+
+    def start(self, pairs: Path, **environment: str) -> subprocess.Popen[str]:
+        arguments = ("synthesize", str(self.hr), str(pairs), "--copies", str(COPIES), "--seed", "7")
+        return self.nodes.start(*arguments, **environment)
+
+    @contextmanager
+    def running(self, pairs: Path, **environment: str) -> Iterator[tuple[subprocess.Popen, Pulse]]:
+        """A synthesis that has written some shards, and still has most to write; on leaving, its
+        good end is awaited."""
+        process = self.start(pairs, **environment)
+        try:
+            with Pulse(lambda: written(pairs)) as pulse:
+                await_shards(process, pairs, random.randint(2, 5))
+                yield process, pulse
+                self.said, _ = process.communicate(timeout=600)
+                assert process.returncode == 0 and "Traceback" not in self.said, self.said
+        finally:
+            process.kill()
+
+    def compare(self, pairs: Path) -> tuple[int, int]:
+        """Samples that are missing in `pairs`, and that are there once too often. What is there is
+        that of the calm run."""
+        expected, found = Counter(keys(self.calm)), Counter(keys(pairs))
+        assert read_manifest(str(pairs)).shards == read_manifest(str(self.calm)).shards
+        names = {path.name for path in pairs.iterdir()}
+        assert names == {path.name for path in self.calm.iterdir()}
+        return (expected - found).total(), (found - expected).total()
+
+
+def written(pairs: Path) -> int:
+    return len(list(pairs.glob("*.stats.json")))
+
+
+def await_shards(process: subprocess.Popen[str], pairs: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while written(pairs) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def keys(pairs: Path) -> list[str]:
+    shards = read_manifest(str(pairs), "pairs").shards
+    return [s.key for shard in shards for s in read_shard(str(pairs / shard.name), shard, "pairs")]
+
+
+@pytest.fixture(scope="module")
+def stage(folder: Path, nodes: Nodes, photo: Callable[..., np.ndarray]) -> Iterator[Stage]:
+    disk, infos = folder / "disk", []
+    disk.mkdir()
+    for i in range(SHARDS):
+        samples = [
+            Sample(f"p{i:02d}-{k}", {"png": encode(photo(400, 500, seed=9 * i + k)), "json": b"{}"})
+            for k in range(PHOTOS)
+        ]
+        infos.append(write_shard(str(folder / "hr" / f"hr-{i:05d}.tar"), samples))
+    write_manifest(str(folder / "hr"), Manifest(kind="hr", shards=tuple(infos)))
+    resize(disk, "1g", mounted=False)  # before the nodes start, which keep the mounts they see
+    try:
+        nodes.add("head", "--num-cpus=0", STORE)
+        nodes.add("data-1", "--num-cpus=1", STORE)
+        nodes.add("data-2", "--num-cpus=1", STORE)
+        made = Stage(nodes, folder / "hr", folder / "calm", disk)
+        with made.running(made.calm) as (_, pulse):
+            pass
+        made.calm_pause = pulse.longest_pause()
+        yield made
+        for name in ("data-2", "data-1", "head"):
+            nodes.kill(name)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def resize(disk: Path, size: str, *, mounted: bool = True) -> None:
+    """Have a disk of so many bytes at `disk`."""
+    options = f"{'remount,' if mounted else ''}size={size}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], check=True)
+
+
+def test_a_data_node_is_killed(
+    stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]
+) -> None:
+    pairs = tmp_path / "pairs"
+    with stage.running(pairs) as (_, pulse):
+        began = time.monotonic()
+        stage.nodes.kill("data-2")
+    lost, duplicated = stage.compare(pairs)
+    assert lost == duplicated == 0
+    pause = pulse.longest_pause(began)
+    fault, seen = "a data node is killed in a synthesis", "nothing; the other node does its shards"
+    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+    stage.nodes.add("data-2", "--num-cpus=1", STORE)
+
+
+def test_a_node_is_cut_off(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]) -> None:
+    pairs = tmp_path / "pairs"
+    with stage.running(pairs) as (_, pulse):
+        began = time.monotonic()
+        stage.nodes.cut("data-2")
+        time.sleep(CUT)
+        stage.nodes.mend("data-2")
+    lost, duplicated = stage.compare(pairs)
+    assert lost == duplicated == 0
+    pause = pulse.longest_pause(began)
+    fault = f"a data node is cut off for {CUT:.0f} s in a synthesis"
+    seen = "nothing; its shards come when it is back"
+    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+
+
+def test_the_driver_is_killed(
+    stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]
+) -> None:
+    pairs = tmp_path / "pairs"
+    process = stage.start(pairs)
+    await_shards(process, pairs, 5)
+    process.kill()
+    process.communicate()
+    assert not (pairs / "manifest.json").exists()
+    began = time.monotonic()
+    there = written(pairs)
+    with Pulse(lambda: written(pairs)) as pulse:
+        again = stage.start(pairs)
+        said, _ = again.communicate(timeout=600)
+    assert again.returncode == 0 and "Traceback" not in said, said
+    assert f"{there} shards were there" in said, said
+    lost, duplicated = stage.compare(pairs)
+    assert lost == duplicated == 0
+    fault = "the command of a synthesis is killed and run again"
+    seen = "the second run does what is missing"
+    pause = pulse.longest_pause(began)
+    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+
+
+def test_the_disk_is_full(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+    size, pairs = read_manifest(str(stage.calm)).bytes, stage.disk / "pairs"
+    resize(stage.disk, str(size // 2))
+    process = stage.start(pairs)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 1 and "Traceback" not in said, said
+    assert "No space left on device" in said, said
+    assert not (pairs / "manifest.json").exists() and written(pairs)
+    resize(stage.disk, str(4 * size))
+    began = time.monotonic()
+    with Pulse(lambda: written(pairs)) as pulse:
+        again = stage.start(pairs)
+        said, _ = again.communicate(timeout=600)
+    assert again.returncode == 0 and "Traceback" not in said, said
+    lost, duplicated = stage.compare(pairs)
+    assert lost == duplicated == 0
+    fault = "the disk that a synthesis writes to is full"
+    seen = "“No space left on device” and where, exit 1; with room the same command goes on"
+    pause = pulse.longest_pause(began)
+    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+
+
+def test_a_worker_hangs(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]) -> None:
+    pairs = tmp_path / "pairs"
+    with stage.running(pairs, TEASR_HANG_SECONDS="15") as (process, pulse):
+        stopped: list[psutil.Process] = []
+        while not stopped:
+            stopped = stage.nodes.workers("data-2", "ray::Map(")
+            assert process.poll() is None
+        began = time.monotonic()
+        stopped[0].suspend()
+    assert not stopped[0].is_running() and "its worker is ended" in stage.said
+    lost, duplicated = stage.compare(pairs)
+    assert lost == duplicated == 0
+    fault = "a worker of a synthesis hangs (SIGSTOP; 15 s are allowed)"
+    seen = "a warning that its worker is ended; Ray does its shard again"
+    pause = pulse.longest_pause(began)
+    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+
+
+def test_a_clock_is_wrong(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]) -> None:
+    stage.nodes.kill("data-2")
+    stage.nodes.add("data-2", "--num-cpus=1", STORE, **skewed(tmp_path, seconds=3600))
+    pairs = tmp_path / "pairs"
+    with stage.running(pairs) as (_, pulse):
+        pass
+    lost, duplicated = stage.compare(pairs)
+    assert lost == duplicated == 0
+    seen = "nothing"
+    fault = "a data node's clock is an hour ahead"
+    pause = pulse.longest_pause(pulse.changes[0])
+    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
