@@ -50,7 +50,7 @@ def wait_for(
     wanted: Callable[[Told], bool],
 ) -> Told:
     """What is exported once it is as `wanted`: processes send their figures every 10 seconds."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not wanted(found := exported()):
         assert time.monotonic() < deadline, [key for key in found if "teasr" in key[0]]
         time.sleep(0.5)
@@ -110,7 +110,7 @@ def test_a_synthesis_and_a_training_are_told(
     found = wait_for(lambda now: made(now, "synthesize") == 8 and made(now, "ingest") == 4)
     assert ("ray_teasr_quarantined_total", "ingest", "not-an-image") in found
 
-    address = ray.get_runtime_context().gcs_address
+    address, log = ray.get_runtime_context().gcs_address, tmp_path / "distill.log"
     training = subprocess.Popen(
         command(
             *("distill", "quickstart", f"data={data}", *TUNED, "training.minutes=5"),
@@ -118,8 +118,8 @@ def test_a_synthesis_and_a_training_are_told(
         ),
         cwd=tmp_path,
         env=environment(home) | {"RAY_ADDRESS": address},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
     )
     try:
         sure = {figure.exported for figure in telemetry.FIGURES}
