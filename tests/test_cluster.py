@@ -57,7 +57,7 @@ def machines() -> dict[str, dict[str, Any]]:
     found = {"data": {"CPU": 32}, "train-spot": {"CPU": 48, "GPU": 4}}
     found["train-on-demand"] = found["train-spot"]
     for name, resources in found.items():
-        aws["available_node_types"][name]["resources"] = dict(resources)
+        aws["available_node_types"][name]["resources"] |= resources
     return {"aws": aws, "gcp": gcp}
 
 
@@ -66,11 +66,13 @@ def machines() -> dict[str, dict[str, Any]]:
     ("bundle", "count", "failed", "launched"),
     [
         ({"CPU": 1}, 40, (), {"data": 2}),
+        ({"CPU": 1, "teasr_data": 0.001}, 200, (), {"data": 7}),
         ({"GPU": 1, "CPU": 1}, 8, (), {"train-spot": 2}),
+        ({"CPU": 40, "teasr_training": 0.001}, 2, (), {"train-spot": 2}),
         ({"GPU": 1, "CPU": 1}, 8, ("train-spot",), {"train-on-demand": 2}),
         ({"GPU": 1}, 32, (), {"train-spot": 4, "train-on-demand": 4}),
     ],
-    ids=["data", "spot", "no spot to have", "more than spot"],
+    ids=["CPUs", "data", "spot", "training without GPUs", "no spot to have", "more than spot"],
 )
 def test_autoscaler_takes_cpu_nodes_for_data_and_spot_before_on_demand(
     cloud: str,
