@@ -7,7 +7,6 @@ does not answer, writes to the terminal from compiled code, and may end its proc
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import sys
@@ -20,7 +19,6 @@ from typing import Any
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray._private import services, state
-from ray._private.authentication import authentication_token_setup
 
 from jobs.status import Cluster, Node
 from pipelines.runtime import ensure_ray
@@ -50,9 +48,6 @@ def look() -> Cluster | None:
     address = services.canonicalize_bootstrap_address("auto") or ""
     if not address.startswith("ray://"):
         _check_answer(address, address if given in ("", "auto") else given)
-    # It looks for a token when it starts a cluster, and not here.
-    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     ensure_ray()
     listed = ray.nodes()
     alive = [node for node in listed if node["Alive"]]

@@ -15,6 +15,7 @@ from typing import Literal, TextIO
 import cv2
 import ray
 import ray.data
+from ray._private.authentication import authentication_token_setup as token_setup
 from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 from ray._private.worker import global_worker
@@ -53,6 +54,9 @@ def ensure_ray(num_cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        # Ray looks for a token when it starts a cluster, and not when it joins one.
+        logging.getLogger(token_setup.__name__).setLevel(logging.ERROR)
+        token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
