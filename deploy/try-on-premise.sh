@@ -21,7 +21,10 @@ exec 9> /run/teasr-try.lock
 flock -n 9 || { echo "Another $(basename "$0") is running." >&2; exit 75; }
 
 remove_links() {
-    for number in 1 2 3; do ip netns del "teasr-try-$number" 2> /dev/null || true; done
+    for number in 1 2 3; do
+        ip link del "teasr-try-end$number" 2> /dev/null || true # else it goes a while after its namespace
+        ip netns del "teasr-try-$number" 2> /dev/null || true
+    done
     ip link del teasr-try-here 2> /dev/null || true
     ip link del teasr-try 2> /dev/null || true
 }
