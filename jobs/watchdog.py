@@ -16,14 +16,14 @@ class Watchdog:
 
     Args:
         minutes: of silence that are too many.
-        stacks: file to which goes, last of all, where each thread of the process was; stderr where
-            there is no such folder.
+        stacks: file to which goes, last of all, where each thread of the process was, behind what
+            is in it; stderr where there is no such folder.
     """
 
     def __init__(self, minutes: float, stacks: Path) -> None:
         self._seconds = 60 * minutes
         self._path = stacks
-        self._file = stacks.open("w") if stacks.parent.is_dir() else sys.stderr
+        self._file = stacks.open("a") if stacks.parent.is_dir() else sys.stderr
 
     def beat(self) -> None:
         """All is well: a step was made."""
@@ -35,4 +35,5 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self._file is not sys.stderr:
             self._file.close()
-            self._path.unlink(missing_ok=True)
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
