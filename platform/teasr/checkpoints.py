@@ -113,7 +113,8 @@ def universal(folder: Path) -> Iterator[Path]:
     """
     name: list[str] = [f"teasr-universal-{os.getpid()}-{os.urandom(4).hex()}"]
     torch.distributed.broadcast_object_list(name)
-    converted = Path(tempfile.gettempdir()) / name[0]
+    # Machines may share their temporary folder too, as containers do.
+    converted = Path(tempfile.gettempdir()) / f"{name[0]}-{os.environ.get('NODE_RANK', '0')}"
     converts = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         problem = [_convert(folder / ENGINE_FOLDER, converted / ENGINE_FOLDER) if converts else ""]
