@@ -215,15 +215,15 @@ def test_a_clock_is_wrong(stage: Stage, tmp_path: Path, tell: Callable[[Outcome]
     victim = "train-0"
     stage.nodes.kill(victim)
     stage.nodes.add(victim, *TRAINING, STORE, **skewed(tmp_path, seconds=3600))
-    for spare in ("train-1", "train-2"):  # two nodes for two workers: one is the one with the clock
-        if spare in stage.nodes.processes:
-            stage.nodes.kill(spare)
-            break
+    stage.nodes.kill("train-2")  # two nodes for two workers: one is the one with the clock
     with stage.running("skewed") as (_, pulse):
         assert victim in stage.trainers()
         began = time.monotonic()
     pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("skewed")
     assert lost == duplicated == 0
+    stage.nodes.kill(victim)
+    for name in (victim, "train-2"):
+        stage.nodes.add(name, *TRAINING, STORE)
     fault = "a training node's clock is an hour ahead"
     seen = "nothing; times in MLflow are that node's"
     tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
@@ -235,8 +235,10 @@ def test_workers_come_and_go(stage: Stage, tell: Callable[[Outcome], None]) -> N
     process = stage.start(name, *elastic)
     with Pulse(lambda: stage.steps(name)) as pulse:
         stage.await_steps(process, name, 20)
-        went = time.monotonic()
-        victim = random.choice(list(stage.trainers()))
+        busy = stage.trainers()
+        for spare in {"train-0", "train-1", "train-2"} & set(stage.nodes.processes) - set(busy):
+            stage.nodes.kill(spare)
+        went, victim = time.monotonic(), random.choice(list(busy))
         stage.nodes.kill(victim)
         await_size(stage, process, name, 4)
         stage.await_steps(process, name, stage.steps(name) + 20)
