@@ -79,9 +79,8 @@ def feed_row(training: Training, gpus: int) -> str:
 
 def main() -> None:
     """Print the two tables."""
-    print(
-        "| backbone | GPUs | pairs/s | cores for the feed | Gbit/s | coordinator busy | days a pass |"
-    )
+    names = "pairs/s | cores for the feed | Gbit/s | coordinator busy | days a pass"
+    print(f"| backbone | GPUs | {names} |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for training in TRAININGS:
         for gpus in (1, 8, 64):

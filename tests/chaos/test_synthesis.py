@@ -126,7 +126,9 @@ def test_a_data_node_is_killed(
     lost, duplicated = stage.compare(pairs)
     assert lost == duplicated == 0
     pause = pulse.longest_pause(began)
-    fault, seen = "a data node is killed in a synthesis", "nothing; the other node does its shards"
+    assert "marked dead" in stage.said
+    fault = "a data node is killed in a synthesis"
+    seen = "lines of Ray's that the node is dead; the other node does its shards"
     tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
     stage.nodes.add("data-2", "--num-cpus=1", STORE)
 

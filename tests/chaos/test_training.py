@@ -138,8 +138,9 @@ def test_a_training_node_is_killed(stage: Stage, tell: Callable[[Outcome], None]
         stage.nodes.kill(victim)
     pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("killed")
     assert lost == duplicated == 0
+    assert "marked dead" in stage.said
     fault = "a training node is killed"
-    seen = "a pause; the workers start again from the last checkpoint, on the nodes that are left"
+    seen = "Ray's lines that the node is dead; the workers start again from the last checkpoint"
     tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
     stage.nodes.add(victim, *TRAINING, STORE)
 
