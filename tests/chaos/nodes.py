@@ -174,6 +174,9 @@ class Nodes:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
                 _ip("netns", "del", name)
+        # A namespace lives as long as a process in it, and with it the cable's end on this side.
+        for line in _ip("-o", "link", "show", "master", BRIDGE, check=False).stdout.splitlines():
+            _ip("link", "del", line.split()[1].partition("@")[0], check=False)
         _ip("link", "del", BRIDGE, check=False)
 
 

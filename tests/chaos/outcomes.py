@@ -66,6 +66,7 @@ class Pulse:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self.changes.append(time.monotonic())  # the end is awaited as much as the last result
 
     def _watch(self) -> None:
         last = self._count()
@@ -75,7 +76,7 @@ class Pulse:
                 self.changes.append(time.monotonic())
 
     def longest_pause(self, since: float = 0.0, until: float = math.inf) -> float:
-        """Seconds between two changes, or between `since` and the first after it."""
+        """Seconds between two changes, between `since` and the first, or the last and the end."""
         times = [t for t in self.changes if since < t < until]
         starts = [since, *times] if since else times
         return max((later - earlier for earlier, later in pairwise(starts)), default=0.0)
