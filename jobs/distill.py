@@ -175,7 +175,7 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
     run = {**run, "finished": True, "closed": False, "position": position}
     _write_run(folder, run)
     client = tracking.connect()
-    spilled = spilled_bytes() - spilled
+    spilled = max(0, spilled_bytes() - spilled)  # a node that has gone took its count with it
     client.log_metric(run["run_id"], "object_store/spilled_mb", spilled / 1e6)
     _close(client, folder, run)
     return Distilled(run["run_id"], model, position, _best(folder), spilled=spilled)

@@ -106,9 +106,13 @@ def nodes_for(role: Role) -> dict[str, float]:
 
 
 def spilled_bytes() -> int:
-    """Bytes that the nodes have moved from their object stores to disk since they started."""
+    """Bytes that the nodes have moved from their object stores to disk since they started; 0 where
+    the nodes do not tell."""
     # Ray has no public word for it but its exporter.
-    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
+    try:
+        return int(get_memory_info_reply(state, timeout_seconds=10).store_stats.spilled_bytes_total)
+    except Exception:  # no answer, or a Ray without grpc: no figure is worth a training
+        return 0
 
 
 def workers_lost() -> int:
