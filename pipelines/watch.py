@@ -3,7 +3,8 @@
 Ray knows of workers that die, not of those that are stuck in a read or a decoder: it would wait
 for them for ever. So each task leaves a note with its worker's place in Ray's own key-value store
 for as long as it works, and the driver looks at the notes. How long a task may take is learned from
-those that have ended.
+those that have ended. A worker may hang before its note, in an import: when nothing ends and there
+are no notes, those that Ray gave a task all the same are looked for on their nodes.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+import psutil
 import ray
 from ray.experimental import internal_kv  # Ray has no public word for it
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -44,6 +43,7 @@ class Watch:
         self._least, self._first = (float(given),) * 2 if given else (LEAST_SECONDS, FIRST_SECONDS)
         self._longest: float | None = None
         self._seen: dict[bytes, float] = {}
+        self._moved = time.monotonic()
         self._over = threading.Event()
 
     def __enter__(self) -> Watch:
@@ -58,6 +58,7 @@ class Watch:
     def ended(self, seconds: float) -> None:
         """A task has ended, and took so long."""
         self._longest = max(self._longest or 0.0, seconds)
+        self._moved = time.monotonic()
 
     @property
     def patience(self) -> float:
@@ -85,9 +86,19 @@ class Watch:
             log.warning("Task %s has worked for %.0f s: its worker is ended.", what, now - since)
             del self._seen[note]
             internal_kv._internal_kv_del(note)
-            _kill.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            ).remote(int(pid))
+            _on(node).remote(int(pid))
+        if notes:
+            self._moved = now
+        elif now - self._moved >= self.patience:
+            silent, self._moved = now - self._moved, now
+            self._end_silent(silent)
+
+    def _end_silent(self, seconds: float) -> None:
+        job = ray.get_runtime_context().get_job_id()
+        asked = [_on(node["NodeID"]).remote(None, job) for node in ray.nodes() if node["Alive"]]
+        for ended in ray.get(asked, timeout=60):
+            for pid in ended:
+                log.warning("Worker %d is ended: no task begun in %.0f s.", pid, seconds)
 
 
 @contextlib.contextmanager
@@ -105,7 +116,22 @@ def at_work(job: str, what: int) -> Iterator[None]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _kill(pid: int) -> Any:
-    with contextlib.suppress(OSError):
-        if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # and nobody else's by now
-            os.kill(pid, signal.SIGKILL)
+def _end(pid: int | None, job: str = "") -> list[int]:
+    """Kills the worker `pid` of this node, or all that have a row of the job's; those it killed."""
+    ended = []
+    for worker in psutil.Process(os.getppid()).children():  # the raylet's
+        with contextlib.suppress(psutil.Error):
+            title = worker.cmdline()[0]
+            if pid is None:
+                named = "Map(" in title and worker.environ().get("RAY_JOB_ID") == job
+            else:
+                named = worker.pid == pid  # and nobody else's by now
+            if named and title.startswith("ray::"):
+                worker.kill()
+                ended.append(worker.pid)
+    return ended
+
+
+def _on(node: str) -> ray.remote_function.RemoteFunction:
+    """`_end` on that node."""
+    return _end.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))

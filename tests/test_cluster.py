@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+from tests.chaos.nodes import KEEPALIVE
 
 ROOT = Path(__file__).parent.parent
 FILES = ["cluster.yaml", "deploy/gcp.yaml", "deploy/on-premise.yaml"]
@@ -105,6 +108,11 @@ def test_data_nodes_have_no_gpu_and_the_head_runs_no_tasks() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_dashboards_listen_on_loopback(name: str) -> None:
     assert "--dashboard-host=127.0.0.1" in read(name)["head_start_ray_commands"][-1]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_heads_look_after_connections_as_where_faults_are_tested(name: str) -> None:
+    assert KEEPALIVE in shlex.split(read(name)["head_start_ray_commands"][-1])
 
 
 @pytest.mark.parametrize("linted", ["hadolint Dockerfile", "shellcheck mount-nvme.sh"])

@@ -15,6 +15,7 @@ from jobs.cli import app
 from jobs.locks import Busy
 from jobs.preemption import Preempted
 from teasr.errors import TeasrError, UsageError
+from tests.chaos.nodes import KEEPALIVE
 
 FOLDER = Path(__file__).parent.parent / "deploy" / "kubernetes"
 
@@ -111,6 +112,12 @@ def texts(part: Any) -> Iterator[str]:
         return
     for inner in part:
         yield from texts(inner)
+
+
+@pytest.mark.parametrize("cluster", [STANDING["spec"], CLUSTER], ids=["standing", "cron"])
+def test_heads_look_after_connections_as_where_faults_are_tested(cluster: dict[str, Any]) -> None:
+    given = cluster["headGroupSpec"]["rayStartParams"]["system-config"]
+    assert shlex.split(f"--system-config={given}") == [KEEPALIVE]  # a shell reads it
 
 
 def test_standing_cluster_is_the_one_that_jobs_name() -> None:

@@ -14,7 +14,7 @@ from tests.chaos.outcomes import Outcome, table
 _outcomes: list[Outcome] = []
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tell() -> Callable[[Outcome], None]:
     """`tell(outcome)` adds a row to the table."""
     return _outcomes.append

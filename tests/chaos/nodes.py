@@ -24,6 +24,8 @@ PREFIX = "teasr-chaos-"
 BRIDGE = "teasr-chaos"
 NETWORK = "10.78.0"
 PORT = 6379
+KEEPALIVE = '--system-config={"grpc_client_keepalive_time_ms":20000}'
+"""As in the cluster files: who waits for an answer looks after the connection every 20 s."""
 
 
 def missing() -> str:
@@ -68,7 +70,7 @@ class Nodes:
         """Start a node with `options` of `ray start`, and wait until the cluster counts it."""
         if name not in self._made:
             self._make_link(name)
-        given = ["--head", f"--port={PORT}", "--include-dashboard=false"]
+        given = ["--head", f"--port={PORT}", "--include-dashboard=false", KEEPALIVE]
         if self.processes:
             given = [f"--address={self.address}"]
         log = (self.folder / f"{name}.log").open("ab")

@@ -32,6 +32,7 @@ class Stage:
     """A cluster of a head without CPUs and two data nodes, and photographs."""
 
     nodes: Nodes
+    tell: Callable[[Outcome], None]
     hr: Path
     calm: Path
     disk: Path
@@ -56,14 +57,16 @@ class Stage:
         finally:
             process.kill()
 
-    def compare(self, pairs: Path) -> tuple[int, int]:
-        """Samples that are missing in `pairs`, and that are there once too often. What is there is
-        that of the calm run."""
+    def conclude(self, pairs: Path, pulse: Pulse, began: float, fault: str, seen: str) -> None:
+        """What is in `pairs` is what the calm run made, and becomes the fault's row."""
         expected, found = Counter(keys(self.calm)), Counter(keys(pairs))
+        lost, duplicated = (expected - found).total(), (found - expected).total()
+        assert lost == duplicated == 0
         assert read_manifest(str(pairs)).shards == read_manifest(str(self.calm)).shards
         names = {path.name for path in pairs.iterdir()}
         assert names == {path.name for path in self.calm.iterdir()}
-        return (expected - found).total(), (found - expected).total()
+        pauses = pulse.longest_pause(began), self.calm_pause
+        self.tell(Outcome(fault, seen, *pauses, lost, duplicated, "checksums equal"))
 
 
 def written(pairs: Path) -> int:
@@ -84,7 +87,12 @@ def keys(pairs: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stage(folder: Path, nodes: Nodes, photo: Callable[..., np.ndarray]) -> Iterator[Stage]:
+def stage(
+    folder: Path,
+    nodes: Nodes,
+    photo: Callable[..., np.ndarray],
+    tell: Callable[[Outcome], None],
+) -> Iterator[Stage]:
     disk, infos = folder / "disk", []
     disk.mkdir()
     for i in range(SHARDS):
@@ -99,7 +107,7 @@ def stage(folder: Path, nodes: Nodes, photo: Callable[..., np.ndarray]) -> Itera
         nodes.add("head", "--num-cpus=0", STORE)
         nodes.add("data-1", "--num-cpus=1", STORE)
         nodes.add("data-2", "--num-cpus=1", STORE)
-        made = Stage(nodes, folder / "hr", folder / "calm", disk)
+        made = Stage(nodes, tell, folder / "hr", folder / "calm", disk)
         with made.running(made.calm) as (_, pulse):
             pass
         made.calm_pause = pulse.longest_pause()
@@ -116,41 +124,31 @@ def resize(disk: Path, size: str, *, mounted: bool = True) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], check=True)
 
 
-def test_a_data_node_is_killed(
-    stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]
-) -> None:
+def test_a_data_node_is_killed(stage: Stage, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     with stage.running(pairs) as (_, pulse):
         began = time.monotonic()
         stage.nodes.kill("data-2")
-    lost, duplicated = stage.compare(pairs)
-    assert lost == duplicated == 0
-    pause = pulse.longest_pause(began)
     assert "marked dead" in stage.said
     fault = "a data node is killed in a synthesis"
     seen = "lines of Ray's that the node is dead; the other node does its shards"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+    stage.conclude(pairs, pulse, began, fault, seen)
     stage.nodes.add("data-2", "--num-cpus=1", STORE)
 
 
-def test_a_node_is_cut_off(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]) -> None:
+def test_a_node_is_cut_off(stage: Stage, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     with stage.running(pairs) as (_, pulse):
         began = time.monotonic()
         stage.nodes.cut("data-2")
         time.sleep(CUT)
         stage.nodes.mend("data-2")
-    lost, duplicated = stage.compare(pairs)
-    assert lost == duplicated == 0
-    pause = pulse.longest_pause(began)
     fault = f"a data node is cut off for {CUT:.0f} s in a synthesis"
     seen = "nothing; its shards come when it is back"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+    stage.conclude(pairs, pulse, began, fault, seen)
 
 
-def test_the_driver_is_killed(
-    stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]
-) -> None:
+def test_the_driver_is_killed(stage: Stage, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     process = stage.start(pairs)
     await_shards(process, pairs, 5)
@@ -164,15 +162,12 @@ def test_the_driver_is_killed(
         said, _ = again.communicate(timeout=600)
     assert again.returncode == 0 and "Traceback" not in said, said
     assert f"{there} shards were there" in said, said
-    lost, duplicated = stage.compare(pairs)
-    assert lost == duplicated == 0
     fault = "the command of a synthesis is killed and run again"
     seen = "the second run does what is missing"
-    pause = pulse.longest_pause(began)
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+    stage.conclude(pairs, pulse, began, fault, seen)
 
 
-def test_the_disk_is_full(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_the_disk_is_full(stage: Stage) -> None:
     size, pairs = read_manifest(str(stage.calm)).bytes, stage.disk / "pairs"
     resize(stage.disk, str(size // 2))
     process = stage.start(pairs)
@@ -186,15 +181,12 @@ def test_the_disk_is_full(stage: Stage, tell: Callable[[Outcome], None]) -> None
         again = stage.start(pairs)
         said, _ = again.communicate(timeout=600)
     assert again.returncode == 0 and "Traceback" not in said, said
-    lost, duplicated = stage.compare(pairs)
-    assert lost == duplicated == 0
     fault = "the disk that a synthesis writes to is full"
     seen = "“No space left on device” and where, exit 1; with room the same command goes on"
-    pause = pulse.longest_pause(began)
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+    stage.conclude(pairs, pulse, began, fault, seen)
 
 
-def test_a_worker_hangs(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]) -> None:
+def test_a_worker_hangs(stage: Stage, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     with stage.running(pairs, TEASR_HANG_SECONDS="15") as (process, pulse):
         stopped: list[psutil.Process] = []
@@ -203,24 +195,17 @@ def test_a_worker_hangs(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], 
             assert process.poll() is None
         began = time.monotonic()
         stopped[0].suspend()
-    assert not stopped[0].is_running() and "its worker is ended" in stage.said
-    lost, duplicated = stage.compare(pairs)
-    assert lost == duplicated == 0
+    assert not stopped[0].is_running() and "is ended" in stage.said
     fault = "a worker of a synthesis hangs (SIGSTOP; 15 s are allowed)"
     seen = "a warning that its worker is ended; Ray does its shard again"
-    pause = pulse.longest_pause(began)
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+    stage.conclude(pairs, pulse, began, fault, seen)
 
 
-def test_a_clock_is_wrong(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]) -> None:
+def test_a_clock_is_wrong(stage: Stage, tmp_path: Path) -> None:
     stage.nodes.kill("data-2")
     stage.nodes.add("data-2", "--num-cpus=1", STORE, **skewed(tmp_path, seconds=3600))
     pairs = tmp_path / "pairs"
     with stage.running(pairs) as (_, pulse):
         pass
-    lost, duplicated = stage.compare(pairs)
-    assert lost == duplicated == 0
-    seen = "nothing"
     fault = "a data node's clock is an hour ahead"
-    pause = pulse.longest_pause(pulse.changes[0])
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "checksums equal"))
+    stage.conclude(pairs, pulse, pulse.changes[0], fault, "nothing")

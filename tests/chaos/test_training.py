@@ -45,6 +45,7 @@ class Stage:
     """A cluster of a head without CPUs, a data node and three training nodes, one of them idle."""
 
     nodes: Nodes
+    tell: Callable[[Outcome], None]
     folder: Path
     calm: list[dict[str, Any]] = field(default_factory=list)
     calm_pause: float = 0.0
@@ -82,11 +83,14 @@ class Stage:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def compare(self, name: str) -> tuple[int, int]:
-        """Samples that no step, or more than one, was made of; the losses are the calm run's."""
+    def conclude(self, name: str, pulse: Pulse, began: float, fault: str, seen: str) -> None:
+        """The losses are the calm run's, every pair came once, and that becomes a row."""
         lines = self.losses(name)
+        lost, duplicated = gaps(lines)
+        assert lost == duplicated == 0
         assert lines == self.calm
-        return gaps(lines)
+        pauses = pulse.longest_pause(began), self.calm_pause
+        self.tell(Outcome(fault, seen, *pauses, lost, duplicated, "losses equal"))
 
     def trainers(self) -> dict[str, psutil.Process]:
         """The workers, by node."""
@@ -108,7 +112,12 @@ def gaps(lines: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def stage(folder: Path, nodes: Nodes, photo: Callable[..., np.ndarray]) -> Iterator[Stage]:
+def stage(
+    folder: Path,
+    nodes: Nodes,
+    photo: Callable[..., np.ndarray],
+    tell: Callable[[Outcome], None],
+) -> Iterator[Stage]:
     infos = []
     for i in range(2):
         samples = [
@@ -121,7 +130,7 @@ def stage(folder: Path, nodes: Nodes, photo: Callable[..., np.ndarray]) -> Itera
     nodes.add("data", *DATA, STORE)
     for i in range(3):
         nodes.add(f"train-{i}", *TRAINING, STORE)
-    made = Stage(nodes, folder)
+    made = Stage(nodes, tell, folder)
     with made.running("calm") as (_, pulse):
         assert set(made.trainers()) < {"train-0", "train-1", "train-2"}
     made.calm, made.calm_pause = made.losses("calm"), pulse.longest_pause()
@@ -131,47 +140,41 @@ def stage(folder: Path, nodes: Nodes, photo: Callable[..., np.ndarray]) -> Itera
         nodes.kill(name)
 
 
-def test_a_training_node_is_killed(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_a_training_node_is_killed(stage: Stage) -> None:
     with stage.running("killed") as (_, pulse):
         victim = random.choice(list(stage.trainers()))
         began = time.monotonic()
         stage.nodes.kill(victim)
-    pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("killed")
-    assert lost == duplicated == 0
     assert "marked dead" in stage.said
     fault = "a training node is killed"
     seen = "Ray's lines that the node is dead; the workers start again from the last checkpoint"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
+    stage.conclude("killed", pulse, began, fault, seen)
     stage.nodes.add(victim, *TRAINING, STORE)
 
 
-def test_a_node_is_cut_off(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_a_node_is_cut_off(stage: Stage) -> None:
     with stage.running("cut") as (_, pulse):
         victim = random.choice(list(stage.trainers()))
         began = time.monotonic()
         stage.nodes.cut(victim)
         time.sleep(CUT)
         stage.nodes.mend(victim)
-    pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("cut")
-    assert lost == duplicated == 0
     fault = f"a training node is cut off for {CUT:.0f} s"
     seen = "a pause"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
+    stage.conclude("cut", pulse, began, fault, seen)
 
 
-def test_the_data_node_is_killed(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_the_data_node_is_killed(stage: Stage) -> None:
     with stage.running("fed") as (_, pulse):
         began = time.monotonic()
         stage.nodes.kill("data")
         stage.nodes.add("data", *DATA, STORE)
-    pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("fed")
-    assert lost == duplicated == 0
     fault = "the only data node is killed in a training; another comes"
     seen = "a pause"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
+    stage.conclude("fed", pulse, began, fault, seen)
 
 
-def test_the_driver_is_killed(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_the_driver_is_killed(stage: Stage) -> None:
     process = stage.start("driver")
     stage.await_steps(process, "driver", 20)
     process.kill()
@@ -179,40 +182,34 @@ def test_the_driver_is_killed(stage: Stage, tell: Callable[[Outcome], None]) -> 
     began = time.monotonic()
     with stage.running("driver") as (_, pulse):
         pass
-    pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("driver")
-    assert lost == duplicated == 0
     fault = "the command of a training is killed and run again"
     seen = "the second run goes on from the last checkpoint"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
+    stage.conclude("driver", pulse, began, fault, seen)
 
 
-def test_a_worker_hangs(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_a_worker_hangs(stage: Stage) -> None:
     with stage.running("hung", "training.max_silence_minutes=0.25") as (_, pulse):
         victim = random.choice(list(stage.trainers().values()))
         began = time.monotonic()
         victim.suspend()
     assert not victim.is_running()
-    pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("hung")
-    assert lost == duplicated == 0
     assert list((stage.folder / "home" / "runs" / "hung").glob("hung-*.txt"))
     fault = "a training worker hangs (SIGSTOP; 15 s are allowed)"
     seen = "a pause, and where each thread was in `hung-RANK.txt`"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
+    stage.conclude("hung", pulse, began, fault, seen)
 
 
-def test_another_job_fills_the_object_store(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_another_job_fills_the_object_store(stage: Stage) -> None:
     with hog(stage.nodes, "data") as spilled:
         with stage.running("pressed") as (_, pulse):
             began = time.monotonic()
         moved = spilled()
-    pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("pressed")
-    assert lost == duplicated == 0
     fault = "another job fills the data node's object store"
     seen = f"nothing; {moved / 1e6:.0f} MB, the other job's, were moved to the node's disk"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
+    stage.conclude("pressed", pulse, began, fault, seen)
 
 
-def test_a_clock_is_wrong(stage: Stage, tmp_path: Path, tell: Callable[[Outcome], None]) -> None:
+def test_a_clock_is_wrong(stage: Stage, tmp_path: Path) -> None:
     victim = "train-0"
     stage.nodes.kill(victim)
     stage.nodes.add(victim, *TRAINING, STORE, **skewed(tmp_path, seconds=3600))
@@ -220,17 +217,15 @@ def test_a_clock_is_wrong(stage: Stage, tmp_path: Path, tell: Callable[[Outcome]
     with stage.running("skewed") as (_, pulse):
         assert victim in stage.trainers()
         began = time.monotonic()
-    pause, (lost, duplicated) = pulse.longest_pause(began), stage.compare("skewed")
-    assert lost == duplicated == 0
     stage.nodes.kill(victim)
     for name in (victim, "train-2"):
         stage.nodes.add(name, *TRAINING, STORE)
     fault = "a training node's clock is an hour ahead"
     seen = "nothing; times in MLflow are that node's"
-    tell(Outcome(fault, seen, pause, stage.calm_pause, lost, duplicated, "losses equal"))
+    stage.conclude("skewed", pulse, began, fault, seen)
 
 
-def test_workers_come_and_go(stage: Stage, tell: Callable[[Outcome], None]) -> None:
+def test_workers_come_and_go(stage: Stage) -> None:
     """2, 1 and 2 workers, as nodes go and come: every pair is learned from once."""
     name, elastic = "elastic", ("training.min_workers=1", "training.steps=100000")
     process = stage.start(name, *elastic)
@@ -262,7 +257,9 @@ def test_workers_come_and_go(stage: Stage, tell: Callable[[Outcome], None]) -> N
     ):
         seen = "a pause; the workers that there is room for go on from the last checkpoint"
         pause = pulse.longest_pause(since, until)
-        tell(Outcome(fault, seen, pause, stage.calm_pause, 0, 0, "every pair once, losses finite"))
+        stage.tell(
+            Outcome(fault, seen, pause, stage.calm_pause, 0, 0, "every pair once, losses finite")
+        )
 
 
 def await_size(stage: Stage, process: subprocess.Popen[str], name: str, pairs: int) -> None:
