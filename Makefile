@@ -30,9 +30,10 @@ lint: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not journey and not long and not chaos" -n $(PROCESSES) --dist loadfile
-	$(BIN)/python -m pytest -m journey -n $(PROCESSES) --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m "journey and not long" -n $(PROCESSES) --dist loadfile --durations=15
 
-# Retraining by schedule through crashes, new data and a store that goes away: some ten minutes.
+# Retraining by schedule through crashes, new data and a store that goes away; a season of it;
+# ablations; other numbers of workers: some twenty minutes.
 long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
 

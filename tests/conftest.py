@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each takes one core; before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Commands under test are interrupted; whoever starts pytest in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

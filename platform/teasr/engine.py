@@ -392,6 +392,8 @@ class Engine(Averaged):
         import deepspeed  # seconds to import, and it reads the environment when it does
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # It compiles, for minutes, a kernel for an all-reduce that only its inference calls.
+        deepspeed.ops.__compatible_ops__[_INFERENCE_KERNEL] = False
         self.settings = settings
         _prepare(network, settings)
         workers = int(os.environ.get("WORLD_SIZE", "1"))
@@ -403,8 +405,6 @@ class Engine(Averaged):
         if settings.zero_stage == 3:
             _partition(network, settings.dtype, config)
         free_extensions()
-        # It compiles, for minutes, a kernel for an all-reduce that only its inference calls.
-        deepspeed.ops.__compatible_ops__[_INFERENCE_KERNEL] = False
         self._engine, *_ = deepspeed.initialize(
             model=network,
             model_parameters=[p for p in network.parameters() if p.requires_grad],

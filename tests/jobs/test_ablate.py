@@ -243,7 +243,7 @@ TINY = (
 )
 
 
-@pytest.mark.journey
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_two_variants_from_one_start(
     tmp_path: Path, photo: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch

@@ -385,7 +385,7 @@ def test_a_corrected_command_runs_and_a_longer_one_goes_on(
 def test_two_workers_shard_a_pretrained_base(
     bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-3 over two processes that map the same files, in a Ray of four CPUs."""
+    """ZeRO-3 over two processes that map the same files, in a Ray of three CPUs."""
     overrides = [
         *(f"data={data}", *of_base(bases["z-image"]), "backbone.frozen_bits=null", *SMALL),
         *("training.workers=2", "engine.zero_stage=3", "feed.crops_per_photo=2"),
@@ -394,13 +394,12 @@ def test_two_workers_shard_a_pretrained_base(
     script = f"""
 import ray
 from pathlib import Path
-ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR",
+ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="ERROR",
          log_to_driver=False, object_store_memory=200_000_000)
 from jobs.distill import distill
 from jobs.recipe import load_recipe
-for steps in (1, 2):
-    recipe = load_recipe("z-image-6b-1gpu", [*{overrides!r}, f"training.steps={{steps}}"])
-    print(distill(recipe, Path({str(tmp_path / "run")!r})).position)
+recipe = load_recipe("z-image-6b-1gpu", {[*overrides, "training.steps=2"]!r})
+print(distill(recipe, Path({str(tmp_path / "run")!r})).position)
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -410,5 +409,5 @@ for steps in (1, 2):
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
-    assert "'steps': 1" in done.stdout and "'steps': 2" in done.stdout
+    assert "'steps': 2" in done.stdout
     assert (tmp_path / "run" / "model" / "adapters.json").is_file()

@@ -23,7 +23,7 @@ from teasr.serving import request
 from tests.jobs.commands import TINY, command, environment, teasr
 from tests.ports import free_port
 
-pytestmark = pytest.mark.journey
+pytestmark = pytest.mark.long
 
 POLL = "0.2"
 
