@@ -158,6 +158,9 @@ def run_plain(settings: dict[str, Any], count: int = STEPS) -> dict[str, Any]:
 def _worker(port: int, rank: int, settings: dict[str, Any], folder: str) -> None:
     _join(port, rank, workers=2)
     torch.save(run_engine(settings), Path(folder) / f"{rank}.pt")
+    from deepspeed.comm.comm import cdb
+
+    assert cdb is not None and cdb.shm_comm_op is None  # its kernel was not compiled
 
 
 def resume(folder: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
