@@ -36,6 +36,7 @@ from jobs.preemption import HearSigterm, Preempted, StopRequest
 from jobs.previews import preview_pairs
 from jobs.recipe import Recipe, TrainingSettings
 from jobs.record import BEST_FOLDER, PROGRESS_FILE, RUN_FILE, BestModels, seconds_left
+from jobs.reservations import NoteReservation, give_back
 from jobs.training import MODEL_FOLDER, STATE_FILE, Position, train
 from pipelines.feed import FeedPosition, bytes_in_flight, feed, split
 from pipelines.runtime import (
@@ -112,6 +113,7 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
 
     folder.mkdir(parents=True, exist_ok=True)
     _mend_list(folder)
+    give_back(folder)
     run = _run(client, folder, identity, recipe, manifest.fingerprint, parent)
     model = folder / MODEL_FOLDER
     # More minutes or steps than a finished run was given make it go on.
@@ -147,7 +149,7 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
             storage_path=str(folder.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.training.keep_last),
             failure_config=FailureConfig(max_failures=recipe.training.max_failures),
-            callbacks=[HearSigterm(), UseRaysAddress()],
+            callbacks=[HearSigterm(), UseRaysAddress(), NoteReservation(folder)],
         ),
     )
     spilled = spilled_bytes()

@@ -41,7 +41,7 @@ def nodes(folder: Path) -> Iterator[Nodes]:
     environment = kept | {
         "TEASR_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(("platform", ".")),
+        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",  # as in deploy/nodes.env
     }
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "platform"), str(root)])

@@ -155,6 +155,7 @@ def stage(
         "TEASR_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a checkpoint costs as much
+        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",  # as in deploy/nodes.env
         "RAY_AUTH_MODE": "disabled",  # the token of another Ray may be about
     }
     holder = subprocess.Popen(
