@@ -86,7 +86,7 @@ class Watch:
             log.warning("Task %s has worked for %.0f s: its worker is ended.", what, now - since)
             del self._seen[note]
             internal_kv._internal_kv_del(note)
-            _on(node).remote(int(pid))
+            _end_on(node).remote(int(pid))
         if notes:
             self._moved = now
         elif now - self._moved >= self.patience:
@@ -95,7 +95,7 @@ class Watch:
 
     def _end_silent(self, seconds: float) -> None:
         job = ray.get_runtime_context().get_job_id()
-        asked = [_on(node["NodeID"]).remote(None, job) for node in ray.nodes() if node["Alive"]]
+        asked = [_end_on(node["NodeID"]).remote(None, job) for node in ray.nodes() if node["Alive"]]
         for ended in ray.get(asked, timeout=60):
             for pid in ended:
                 log.warning("Worker %d is ended: no task begun in %.0f s.", pid, seconds)
@@ -121,7 +121,7 @@ def _end(pid: int | None, job: str = "") -> list[int]:
     ended = []
     for worker in psutil.Process(os.getppid()).children():  # the raylet's
         with contextlib.suppress(psutil.Error):
-            title = worker.cmdline()[0]
+            title = " ".join(worker.cmdline())  # of one that has just ended, nothing
             if pid is None:
                 named = "Map(" in title and worker.environ().get("RAY_JOB_ID") == job
             else:
@@ -132,6 +132,6 @@ def _end(pid: int | None, job: str = "") -> list[int]:
     return ended
 
 
-def _on(node: str) -> ray.remote_function.RemoteFunction:
+def _end_on(node: str) -> ray.remote_function.RemoteFunction:
     """`_end` on that node."""
     return _end.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))

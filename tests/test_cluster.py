@@ -17,7 +17,7 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-from tests.chaos.nodes import KEEPALIVE
+from tests.chaos.nodes import KEEPALIVE, SHARE_EXPIRES
 
 ROOT = Path(__file__).parent.parent
 FILES = ["cluster.yaml", "deploy/gcp.yaml", "deploy/on-premise.yaml"]
@@ -113,6 +113,11 @@ def test_dashboards_listen_on_loopback(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_heads_look_after_connections_as_where_faults_are_tested(name: str) -> None:
     assert KEEPALIVE in shlex.split(read(name)["head_start_ray_commands"][-1])
+
+
+def test_nodes_have_the_environment_in_which_faults_are_tested() -> None:
+    lines = (ROOT / "deploy" / "nodes.env").read_text().splitlines()
+    assert {f"export {name}={value}" for name, value in SHARE_EXPIRES.items()} <= set(lines)
 
 
 @pytest.mark.parametrize("linted", ["hadolint Dockerfile", "shellcheck mount-nvme.sh"])

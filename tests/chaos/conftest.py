@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.nodes import Nodes, missing
+from tests.chaos.nodes import SHARE_EXPIRES, Nodes, missing
 from tests.chaos.outcomes import Outcome, table
 
 _outcomes: list[Outcome] = []
@@ -41,7 +41,7 @@ def nodes(folder: Path) -> Iterator[Nodes]:
     environment = kept | {
         "TEASR_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
-        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",  # as in deploy/nodes.env
+        **SHARE_EXPIRES,
     }
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "platform"), str(root)])

@@ -26,6 +26,8 @@ NETWORK = "10.78.0"
 PORT = 6379
 KEEPALIVE = '--system-config={"grpc_client_keepalive_time_ms":20000}'
 """As in the cluster files: who waits for an answer looks after the connection every 20 s."""
+SHARE_EXPIRES = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
+"""As in the nodes' environment: for so many seconds a dead feed keeps its share of the CPUs."""
 
 
 def missing() -> str:

@@ -33,6 +33,7 @@ from pipelines.feed import LockStep, block_size, training_pass
 from teasr.backbones import load_model
 from teasr.images import encode
 from teasr.objective import Objective
+from tests.chaos.nodes import SHARE_EXPIRES
 
 pytestmark = pytest.mark.journey
 
@@ -155,7 +156,7 @@ def stage(
         "TEASR_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a checkpoint costs as much
-        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",  # as in deploy/nodes.env
+        **SHARE_EXPIRES,
         "RAY_AUTH_MODE": "disabled",  # the token of another Ray may be about
     }
     holder = subprocess.Popen(
