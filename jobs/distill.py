@@ -24,8 +24,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.data import DataIterator, Dataset
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from jobs.addresses import UseRaysAddress
@@ -35,10 +34,11 @@ from jobs.plan import check_fits, this_machine
 from jobs.preemption import HearSigterm, Preempted, StopRequest
 from jobs.previews import preview_pairs
 from jobs.recipe import Recipe, TrainingSettings
-from jobs.record import BEST_FOLDER, PROGRESS_FILE, RUN_FILE, BestModels, seconds_left
+from jobs.record import BEST_FOLDER, PROGRESS_FILE, RUN_FILE, STATE_FILE, BestModels, seconds_left
 from jobs.reservations import NoteReservation, give_back
-from jobs.training import MODEL_FOLDER, STATE_FILE, Position, train
-from pipelines.feed import FeedPosition, bytes_in_flight, feed, split
+from jobs.run_feed import InOrder, RunFeed, last_state
+from jobs.training import MODEL_FOLDER, Position, train
+from pipelines.feed import bytes_in_flight
 from pipelines.runtime import (
     capacity,
     ensure_ray,
@@ -142,8 +142,10 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
             use_gpu=recipe.training.gpu,
             resources_per_worker=_worker(recipe.training),
         ),
-        datasets={"train": _Feed(recipe, str(folder.absolute()))},
-        dataset_config=_InOrder(),
+        datasets={
+            "train": RunFeed(recipe.data, recipe.feed, recipe.training.batch, folder.absolute())
+        },
+        dataset_config=InOrder(),
         run_config=RunConfig(
             name="train",
             storage_path=str(folder.absolute()),
@@ -214,61 +216,6 @@ def _workers(training: TrainingSettings) -> int | tuple[int, int]:
     if training.min_workers is None:
         return training.workers
     return training.min_workers, training.workers
-
-
-@dataclass(frozen=True)
-class _Feed:
-    """Makes the feed anew when Ray Train (re)starts its workers, where the checkpoint stands.
-
-    Ray Train calls it before it knows how many workers there are: the feed is made after that, by
-    `_InOrder`.
-    """
-
-    recipe: Recipe
-    folder: str
-
-    def __call__(self) -> _Feed:
-        return self
-
-    def of(self, workers: int) -> Dataset:
-        """The feed of so many workers."""
-        recipe = self.recipe
-        assert recipe.data is not None
-        state = _last_state(Path(self.folder))
-        position = FeedPosition.from_mapping(state["feed"], STATE_FILE) if state else None
-        training = recipe.training
-        return feed(
-            recipe.data,
-            recipe.feed,
-            batch=training.batch,
-            consumers=workers,
-            position=position,
-        )
-
-
-class _InOrder(DataConfig):
-    """Has Ray Train split the feed in order: its own configuration drops that of the dataset."""
-
-    def configure(
-        self, datasets: dict[str, _Feed], world_size: int, *args: Any, **kwargs: Any
-    ) -> list[dict[str, DataIterator]]:
-        (feed,) = datasets.values()
-        return [{"train": share} for share in split(feed.of(world_size), world_size)]
-
-
-def _last_state(folder: Path) -> dict[str, Any] | None:
-    """State in the checkpoint that Ray Train goes on from; None when it has none.
-
-    That is the last one in its list, not the newest folder: a run that was killed may have left a
-    folder, whole or not, that it had not listed yet.
-    """
-    try:
-        listed = json.loads((folder / "train" / "checkpoint_manager_snapshot.json").read_text())
-        name = listed["latest_checkpoint_result"]["checkpoint_dir_name"]
-    except (FileNotFoundError, TypeError):  # no run, or none of its checkpoints was listed
-        return None
-    state: dict[str, Any] = json.loads((folder / "train" / name / STATE_FILE).read_text())
-    return state
 
 
 def _mend_list(folder: Path) -> None:
@@ -412,7 +359,7 @@ def _run(
 def _begin(client: Any, folder: Path, run: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Note what this command brings to the run: artifacts `recipe.yaml` and `attempts/NN.yaml`, and
     the newest of it in tags."""
-    have, last = ray.cluster_resources(), _last_state(folder)
+    have, last = ray.cluster_resources(), last_state(folder)
     attempt = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": tracking.mask_credentials(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),

@@ -28,6 +28,8 @@ RUN_FILE = "run.json"
 PROGRESS_FILE = "progress.json"
 LOSSES_FILE = "losses.jsonl"
 BEST_FOLDER = "best"
+STATE_FILE = "teasr.json"
+"""In each checkpoint: where the run stands."""
 _LIST_FILE = "best.json"
 _TAIL_BYTES = 64 * 1024
 RECENT = 50

@@ -27,11 +27,20 @@ from jobs.networks import Trainee, build
 from jobs.preemption import StopFile, leaving
 from jobs.previews import Pair, Preview, preview
 from jobs.recipe import Recipe, TrainingSettings
-from jobs.record import LOSSES_FILE, PROGRESS_FILE, BestModels, Growth, LossFile, read_losses
+from jobs.record import (
+    LOSSES_FILE,
+    PROGRESS_FILE,
+    STATE_FILE,
+    BestModels,
+    Growth,
+    LossFile,
+    read_losses,
+)
+from jobs.run_feed import Ahead, batches_of_worker
 from jobs.sweeps import SweepCounter
 from jobs.watchdog import Watchdog
 from pipelines import telemetry
-from pipelines.feed import BATCHES_AHEAD, FeedPosition, LockStep, block_size
+from pipelines.feed import FeedPosition, LockStep, block_size
 from teasr.backbones import save_model
 from teasr.dmd import judges, student_weights
 from teasr.errors import TeasrError
@@ -44,7 +53,6 @@ from teasr.tracking import RunLogger, connect
 log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
-STATE_FILE = "teasr.json"
 ASK_SECONDS = 5.0
 """Between two questions to Ray whether a machine is going away."""
 
@@ -90,6 +98,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
     folder = Path(config["folder"])
     _set_threads(training, context.get_local_world_size())
 
+    batches = iter(Ahead(batches_of_worker(training.batch)))  # starts while the network is made
     trainee = build(recipe, config["init"] and Path(config["init"]))
     engine, codec = trainee.engine, trainee.codec
     lpips = _lpips(recipe, engine.device, engine.settings.dtype)
@@ -116,11 +125,6 @@ def train(config: Mapping[str, Any]) -> dict[str, Any] | None:
     record = _Record(config, training, position) if rank == 0 else None
     model = _Model(trainee, recipe, folder, together)
     window, sweeps = _Window(), SweepCounter(engine.network)
-    batches = iter(
-        ray.train.get_dataset_shard("train").iter_torch_batches(
-            batch_size=training.batch, prefetch_batches=BATCHES_AHEAD, drop_last=True
-        )
-    )
     watchdog = Watchdog(training.max_silence_minutes, folder / f"hung-{rank}.txt")
     # The clock starts with the first batch, and stands still for previews.
     before, started = position.seconds, None

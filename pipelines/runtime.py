@@ -202,6 +202,22 @@ def _descriptor(stream: TextIO) -> int:
         return -1
 
 
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Within the block, imports that would bring torch along for what is not used here go without.
+
+    Where torch is there already, nothing changes.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # importing it raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 @cache
 def prepare_process() -> None:
     """Make this process fit to run tasks of one core each that go through large arrays.

@@ -24,10 +24,10 @@ import psutil
 import pytest
 import torch
 
-from jobs.distill import _last_state
 from jobs.preemption import STOP_FILE
 from jobs.recipe import Recipe, load_recipe
 from jobs.record import LOSSES_FILE, read_losses
+from jobs.run_feed import last_state
 from jobs.training import _generator, _to_network
 from pipelines.feed import LockStep, block_size, training_pass
 from teasr.backbones import load_model
@@ -114,7 +114,7 @@ class Stage:
 
     def listed(self, name: str) -> dict[str, Any] | None:
         try:
-            return _last_state(self.run(name))
+            return last_state(self.run(name))
         except ValueError:  # Ray is writing its list, in place
             return None
 
@@ -261,7 +261,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     stage.await_steps("stopped", running, beyond=2)
     running.send_signal(signal.SIGTERM)
     said = stage.ended(running, 75)
-    state = _last_state(stage.run("stopped"))
+    state = last_state(stage.run("stopped"))
     assert state and f"SIGTERM ended the run after step {state['steps']}" in said
     assert "The same command goes on from there" in said
     # Nothing is lost, and nothing is done after the checkpoint.
@@ -282,7 +282,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     (worker,) = stage.workers()
     worker.send_signal(signal.SIGTERM)
     worker.wait(60)
-    left = _last_state(stage.run("stopped"))
+    left = last_state(stage.run("stopped"))
     stage.ended(running, 0)
     lines = stage.losses("stopped")
     assert lines == undisturbed(1)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.distill import _last_state
+from jobs.run_feed import last_state
 from teasr import promotion, tracking
 from teasr.images import encode
 from teasr.serving import request
@@ -117,7 +117,7 @@ def test_a_season(season: Season, stopping: list[subprocess.Popen[Any]]) -> None
     before, deadline = set(home.glob("runs/*")), time.monotonic() + 240
     while True:  # a checkpoint counts once it is listed
         new = set(home.glob("runs/*")) - before
-        if new and (state := _last_state(next(iter(new)))) is not None:
+        if new and (state := last_state(next(iter(new)))) is not None:
             break
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)

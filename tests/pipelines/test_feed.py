@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +172,26 @@ def test_pairs_are_those_of_the_degradation(
     for _, hr, lr in stream[:EPOCH]:
         assert lr == expected.pop(hr)
     assert not expected
+
+
+def test_its_workers_do_without_torch(data: str) -> None:
+    script = f"""
+import sys
+import numpy as np
+from pipelines.feed import FeedSettings, training_pass
+list(training_pass({data!r}, FeedSettings(crop=32))({{"pass": np.array([0])}}))
+print("albumentations" in sys.modules, "torch" in sys.modules)
+import torch
+print(torch.ones(2).sum().item())
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert said.stdout.split() == ["True", "False", "2.0"]
 
 
 @pytest.mark.parametrize("bad", ["p1", "p2"])  # p2 is the only one of its shard
