@@ -41,11 +41,13 @@ long: $(INSTALLED)
 chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -m chaos
 
-# The environment is made anew whenever what it is made from changes.
+# The environment is made anew whenever what it is made from changes. pip would compile on one core,
+# and calls nothing an error that is written for another Python.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("teasr needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[samples,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS) -e '.[samples,dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 clean:

@@ -96,13 +96,7 @@ class Nodes:
 
     def alive(self, name: str) -> bool:
         """Whether the cluster counts the node in."""
-        asked = subprocess.run(
-            [*self.inside(next(iter(self.processes))), sys.executable, "-c", _ALIVE],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-        )
-        return self.ip(name) in asked.stdout.split()
+        return self.ip(name) in self._alive()
 
     def ip(self, name: str) -> str:
         """The node's address."""
@@ -119,6 +113,22 @@ class Nodes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(family, timeout=20)
+
+    def drain(self, name: str, seconds: int) -> None:
+        """Tell the cluster that a node goes in so many seconds, as a cloud's spot notice does."""
+        node_id = self._alive()[self.ip(name)]
+        subprocess.run(
+            [
+                *self.inside(next(iter(self.processes))),
+                *(str(Path(sys.executable).parent / "ray"), "drain-node"),
+                *(f"--address={self.address}", f"--node-id={node_id}"),
+                *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot notice"),
+                f"--deadline-remaining-seconds={seconds}",
+            ],
+            env=self.environment,
+            check=True,
+            capture_output=True,
+        )
 
     def workers(self, name: str, holding: str) -> list[psutil.Process]:
         """Processes of a node whose title has `holding` in it."""
@@ -155,6 +165,16 @@ class Nodes:
         """What makes a command run on the node."""
         return ["ip", "netns", "exec", PREFIX + name]
 
+    def _alive(self) -> dict[str, str]:
+        """The nodes that the cluster counts in: identities by address."""
+        asked = subprocess.run(
+            [*self.inside(next(iter(self.processes))), sys.executable, "-c", _ALIVE],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        return dict(line.split() for line in asked.stdout.splitlines())
+
     def _link(self, name: str) -> str:
         return f"chaos{self._made.index(name) + 1}"  # at most 15 letters
 
@@ -188,7 +208,9 @@ _ALIVE = f"""
 from ray._private.state import state
 from ray._raylet import GcsClientOptions
 state._initialize_global_state(GcsClientOptions.create("{NETWORK}.1:{PORT}", None, True, False))
-print(*(node["NodeManagerAddress"] for node in state.node_table() if node["Alive"]))
+for node in state.node_table():
+    if node["Alive"]:
+        print(node["NodeManagerAddress"], node["NodeID"])
 """
 
 

@@ -39,6 +39,11 @@ class Stage:
     calm_pause: float = 0.0
     said: str = ""
 
+    def bring_up(self) -> None:
+        self.nodes.add("head", "--num-cpus=0", STORE)
+        for name in ("data-1", "data-2"):
+            self.nodes.add(name, "--num-cpus=1", STORE)
+
     def start(self, pairs: Path, **environment: str) -> subprocess.Popen[str]:
         arguments = ("synthesize", str(self.hr), str(pairs), "--copies", str(COPIES), "--seed", "7")
         return self.nodes.start(*arguments, **environment)
@@ -104,10 +109,8 @@ def stage(
     write_manifest(str(folder / "hr"), Manifest(kind="hr", shards=tuple(infos)))
     resize(disk, "1g", mounted=False)  # before the nodes start, which keep the mounts they see
     try:
-        nodes.add("head", "--num-cpus=0", STORE)
-        nodes.add("data-1", "--num-cpus=1", STORE)
-        nodes.add("data-2", "--num-cpus=1", STORE)
         made = Stage(nodes, tell, folder / "hr", folder / "calm", disk)
+        made.bring_up()
         with made.running(made.calm) as (_, pulse):
             pass
         made.calm_pause = pulse.longest_pause()
@@ -163,6 +166,44 @@ def test_the_driver_is_killed(stage: Stage, tmp_path: Path) -> None:
     assert again.returncode == 0 and "Traceback" not in said, said
     assert f"{there} shards were there" in said, said
     fault = "the command of a synthesis is killed and run again"
+    seen = "the second run does what is missing"
+    stage.conclude(pairs, pulse, began, fault, seen)
+
+
+def test_a_node_is_taken_back(stage: Stage, tmp_path: Path) -> None:
+    """A spot machine: it gets no new work after the notice, and is gone some seconds later."""
+    pairs, notice = tmp_path / "pairs", 3
+    with stage.running(pairs) as (_, pulse):
+        began = time.monotonic()
+        stage.nodes.drain("data-2", notice)
+        time.sleep(notice)
+        stage.nodes.kill("data-2")
+    fault = f"a spot machine of a synthesis is taken back, with a notice of {notice} s"
+    seen = "lines of Ray's that the node is dead; the other node does its shards"
+    stage.conclude(pairs, pulse, began, fault, seen)
+    stage.nodes.add("data-2", "--num-cpus=1", STORE)
+
+
+def test_the_head_is_killed(stage: Stage, tmp_path: Path) -> None:
+    """The cluster is gone with it; the same command on another goes on."""
+    pairs = tmp_path / "pairs"
+    process = stage.start(pairs)
+    await_shards(process, pairs, 5)
+    began = time.monotonic()
+    stage.nodes.kill("head")
+    said, _ = process.communicate(timeout=300)
+    print(process.returncode, time.monotonic() - began, said)
+    assert process.returncode == 1 and "Traceback" not in said, said
+    for name in ("data-1", "data-2"):
+        stage.nodes.kill(name)
+    stage.bring_up()
+    there = written(pairs)
+    with Pulse(lambda: written(pairs)) as pulse:
+        again = stage.start(pairs)
+        said, _ = again.communicate(timeout=600)
+    assert again.returncode == 0 and "Traceback" not in said, said
+    assert f"{there} shards were there" in said, said
+    fault = "the head is killed in a synthesis, and the command run again on a new cluster"
     seen = "the second run does what is missing"
     stage.conclude(pairs, pulse, began, fault, seen)
 

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from jobs.record import LOSSES_FILE, read_losses
+from jobs.record import LOSSES_FILE, STATE_FILE, read_losses
 from teasr.images import encode
 from teasr.shards import Manifest, Sample, write_manifest, write_shard
 from tests.chaos.nodes import Nodes, hog, skewed
@@ -57,6 +57,11 @@ class Stage:
 
     def losses(self, name: str) -> list[dict[str, Any]]:
         return list(read_losses(self.folder / "home" / "runs" / name / LOSSES_FILE))
+
+    def checkpoints(self, name: str) -> list[str]:
+        """Names of those that are complete."""
+        folders = (self.folder / "home" / "runs" / name / "train").glob("checkpoint_*")
+        return sorted(f.name for f in folders if (f / STATE_FILE).exists())
 
     def steps(self, name: str) -> int:
         lines = self.losses(name)
@@ -149,6 +154,26 @@ def test_a_training_node_is_killed(stage: Stage) -> None:
     fault = "a training node is killed"
     seen = "Ray's lines that the node is dead; the workers start again from the last checkpoint"
     stage.conclude("killed", pulse, began, fault, seen)
+    stage.nodes.add(victim, *TRAINING, STORE)
+
+
+def test_a_training_node_is_taken_back(stage: Stage) -> None:
+    """A spot machine: the notice comes first, and after it the only checkpoint before the end."""
+    notice = 20
+    with stage.running("spot", "training.checkpoint_minutes=60") as (process, pulse):
+        victim = random.choice(list(stage.trainers()))
+        stage.nodes.drain(victim, notice)
+        gone = time.monotonic() + notice
+        while not (saved := stage.checkpoints("spot")):
+            assert process.poll() is None and time.monotonic() < gone
+            time.sleep(0.1)
+        time.sleep(max(0.0, gone - time.monotonic()))
+        assert stage.steps("spot") < STEPS, "the notice was longer than the run"
+        stage.nodes.kill(victim)
+    assert set(saved) < set(stage.checkpoints("spot"))
+    fault = f"a spot machine of a training is taken back, with a notice of {notice} s"
+    seen = "Ray's lines on it; a checkpoint at the notice, from which the workers start again"
+    stage.conclude("spot", pulse, gone, fault, seen)
     stage.nodes.add(victim, *TRAINING, STORE)
 
 
