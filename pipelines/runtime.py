@@ -20,6 +20,7 @@ from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 from ray._private.worker import global_worker
 
+from pipelines.head import HeadWatch
 from teasr.errors import TeasrError
 
 # The pipelines pass names and figures through the object store, never pictures.
@@ -64,6 +65,7 @@ def ensure_ray(num_cpus: int | None = None) -> None:
                 f"No Ray cluster answers at {address}: {str(error).splitlines()[0]}",
                 "Start it, or unset RAY_ADDRESS to work on this machine alone.",
             ) from None
+        HeadWatch(ray.get_runtime_context().gcs_address).start()
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     ray.init(

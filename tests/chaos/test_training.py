@@ -88,13 +88,22 @@ class Stage:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def conclude(self, name: str, pulse: Pulse, began: float, fault: str, seen: str) -> None:
+    def conclude(
+        self,
+        name: str,
+        pulse: Pulse,
+        began: float,
+        fault: str,
+        seen: str,
+        calm: tuple[list[dict[str, Any]], float] | None = None,
+    ) -> None:
         """The losses are the calm run's, every pair came once, and that becomes a row."""
+        expected, calm_pause = calm or (self.calm, self.calm_pause)
         lines = self.losses(name)
         lost, duplicated = gaps(lines)
         assert lost == duplicated == 0
-        assert lines == self.calm
-        pauses = pulse.longest_pause(began), self.calm_pause
+        assert lines == expected
+        pauses = pulse.longest_pause(began), calm_pause
         self.tell(Outcome(fault, seen, *pauses, lost, duplicated, "losses equal"))
 
     def trainers(self) -> dict[str, psutil.Process]:
@@ -159,21 +168,25 @@ def test_a_training_node_is_killed(stage: Stage) -> None:
 
 def test_a_training_node_is_taken_back(stage: Stage) -> None:
     """A spot machine: the notice comes first, and after it the only checkpoint before the end."""
-    notice = 20
-    with stage.running("spot", "training.checkpoint_minutes=60") as (process, pulse):
+    notice, steps = 20, 400  # which take longer than the notice
+    more = (f"training.steps={steps}", "training.checkpoint_minutes=60")
+    with stage.running("leisurely", *more) as (_, pulse):
+        pass
+    calm, calm_pause = stage.losses("leisurely"), pulse.longest_pause()
+    with stage.running("spot", *more) as (process, pulse):
         victim = random.choice(list(stage.trainers()))
+        began = time.monotonic()
         stage.nodes.drain(victim, notice)
-        gone = time.monotonic() + notice
         while not (saved := stage.checkpoints("spot")):
-            assert process.poll() is None and time.monotonic() < gone
+            assert process.poll() is None and time.monotonic() < began + notice
             time.sleep(0.1)
-        time.sleep(max(0.0, gone - time.monotonic()))
-        assert stage.steps("spot") < STEPS, "the notice was longer than the run"
+        time.sleep(max(0.0, began + notice - time.monotonic()))
+        assert stage.steps("spot") < steps, "the run was over before the notice"
         stage.nodes.kill(victim)
-    assert set(saved) < set(stage.checkpoints("spot"))
-    fault = f"a spot machine of a training is taken back, with a notice of {notice} s"
-    seen = "Ray's lines on it; a checkpoint at the notice, from which the workers start again"
-    stage.conclude("spot", pulse, gone, fault, seen)
+    assert "Traceback" not in stage.said and set(saved) < set(stage.checkpoints("spot"))
+    fault = f"a spot machine of a training is taken back {notice} s after its notice"
+    seen = "a pause; the workers start again from the checkpoint that they made at the notice"
+    stage.conclude("spot", pulse, began, fault, seen, calm=(calm, calm_pause))
     stage.nodes.add(victim, *TRAINING, STORE)
 
 
