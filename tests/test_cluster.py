@@ -17,7 +17,7 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-from tests.chaos.nodes import KEEPALIVE, SHARE_EXPIRES
+from tests.chaos.nodes import KEEPALIVE, SHARE_EXPIRES, SPOT_NOTICE
 
 ROOT = Path(__file__).parent.parent
 FILES = ["cluster.yaml", "deploy/gcp.yaml", "deploy/on-premise.yaml"]
@@ -120,7 +120,17 @@ def test_nodes_have_the_environment_in_which_faults_are_tested() -> None:
     assert {f"export {name}={value}" for name, value in SHARE_EXPIRES.items()} <= set(lines)
 
 
-@pytest.mark.parametrize("linted", ["hadolint Dockerfile", "shellcheck mount-nvme.sh"])
+@pytest.mark.parametrize(("name", "cloud"), [("cluster.yaml", "aws"), ("deploy/gcp.yaml", "gcp")])
+def test_workers_in_clouds_listen_for_their_end(name: str, cloud: str) -> None:
+    config = read(name)
+    assert config["file_mounts"]["~/spot-notice.sh"] == str(SPOT_NOTICE.relative_to(ROOT))
+    command = config["worker_start_ray_commands"][-1]
+    assert f"bash ~/spot-notice.sh {cloud} $RAY_HEAD_IP:6379" in command and command.endswith("&")
+
+
+@pytest.mark.parametrize(
+    "linted", ["hadolint Dockerfile", "shellcheck mount-nvme.sh", "shellcheck spot-notice.sh"]
+)
 def test_linters_find_nothing(linted: str) -> None:
     program, file = linted.split()
     done = subprocess.run(

@@ -24,6 +24,7 @@ PREFIX = "teasr-chaos-"
 BRIDGE = "teasr-chaos"
 NETWORK = "10.78.0"
 PORT = 6379
+SPOT_NOTICE = Path(__file__).parents[2] / "deploy" / "spot-notice.sh"
 KEEPALIVE = '--system-config={"grpc_client_keepalive_time_ms":20000}'
 """As in the cluster files: who waits for an answer looks after the connection every 20 s."""
 SHARE_EXPIRES = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30"}
@@ -96,7 +97,13 @@ class Nodes:
 
     def alive(self, name: str) -> bool:
         """Whether the cluster counts the node in."""
-        return self.ip(name) in self._alive()
+        asked = subprocess.run(
+            [*self.inside(next(iter(self.processes))), sys.executable, "-c", _ALIVE],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        return self.ip(name) in asked.stdout.split()
 
     def ip(self, name: str) -> str:
         """The node's address."""
@@ -114,21 +121,28 @@ class Nodes:
                 process.kill()
         psutil.wait_procs(family, timeout=20)
 
-    def drain(self, name: str, seconds: int) -> None:
-        """Tell the cluster that a node goes in so many seconds, as a cloud's spot notice does."""
-        node_id = self._alive()[self.ip(name)]
-        subprocess.run(
-            [
-                *self.inside(next(iter(self.processes))),
-                *(str(Path(sys.executable).parent / "ray"), "drain-node"),
-                *(f"--address={self.address}", f"--node-id={node_id}"),
-                *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot notice"),
-                f"--deadline-remaining-seconds={seconds}",
-            ],
-            env=self.environment,
-            check=True,
-            capture_output=True,
+    def announce(self, name: str, cloud: str, seconds: int) -> None:
+        """Have the script that spot machines run hear from a cloud that the node goes in so many
+        seconds; returns once Ray was told."""
+        metadata = subprocess.Popen(
+            [*self.inside(name), sys.executable, "-c", _METADATA, str(seconds)],
+            stdout=subprocess.PIPE,
         )
+        try:
+            assert metadata.stdout is not None and metadata.stdout.readline()
+            subprocess.run(
+                [*self.inside(name), "bash", str(SPOT_NOTICE), cloud, self.address],
+                env=self.environment
+                | {
+                    "SPOT_METADATA": "http://127.0.0.1:8000",
+                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                },
+                check=True,
+                timeout=60,
+            )
+        finally:
+            metadata.kill()
+            metadata.wait()
 
     def workers(self, name: str, holding: str) -> list[psutil.Process]:
         """Processes of a node whose title has `holding` in it."""
@@ -165,16 +179,6 @@ class Nodes:
         """What makes a command run on the node."""
         return ["ip", "netns", "exec", PREFIX + name]
 
-    def _alive(self) -> dict[str, str]:
-        """The nodes that the cluster counts in: identities by address."""
-        asked = subprocess.run(
-            [*self.inside(next(iter(self.processes))), sys.executable, "-c", _ALIVE],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-        )
-        return dict(line.split() for line in asked.stdout.splitlines())
-
     def _link(self, name: str) -> str:
         return f"chaos{self._made.index(name) + 1}"  # at most 15 letters
 
@@ -208,9 +212,31 @@ _ALIVE = f"""
 from ray._private.state import state
 from ray._raylet import GcsClientOptions
 state._initialize_global_state(GcsClientOptions.create("{NETWORK}.1:{PORT}", None, True, False))
-for node in state.node_table():
-    if node["Alive"]:
-        print(node["NodeManagerAddress"], node["NodeID"])
+print(*(node["NodeManagerAddress"] for node in state.node_table() if node["Alive"]))
+"""
+
+_METADATA = """
+import http.server, sys, time
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    # What a machine hears from AWS and from Google Cloud when it is taken back.
+    def do_PUT(self):
+        self.answer("token")
+    def do_GET(self):
+        gone = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + int(sys.argv[1])))
+        answers = {
+            "/latest/meta-data/spot/instance-action": '{"action": "stop", "time": "%s"}' % gone,
+            "/computeMetadata/v1/instance/preempted": "TRUE",
+        }
+        self.answer(answers[self.path])
+    def answer(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+server = http.server.HTTPServer(("127.0.0.1", 8000), Metadata)
+print("listens", flush=True)
+server.serve_forever()
 """
 
 

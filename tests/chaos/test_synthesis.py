@@ -175,7 +175,7 @@ def test_a_node_is_taken_back(stage: Stage, tmp_path: Path) -> None:
     pairs, notice = tmp_path / "pairs", 3
     with stage.running(pairs) as (_, pulse):
         began = time.monotonic()
-        stage.nodes.drain("data-2", notice)
+        stage.nodes.announce("data-2", "gcp", notice)
         time.sleep(notice)
         stage.nodes.kill("data-2")
     fault = f"a spot machine of a synthesis is taken back {notice} s after its notice"

@@ -176,7 +176,7 @@ def test_a_training_node_is_taken_back(stage: Stage) -> None:
     with stage.running("spot", *more) as (process, pulse):
         victim = random.choice(list(stage.trainers()))
         began = time.monotonic()
-        stage.nodes.drain(victim, notice)
+        stage.nodes.announce(victim, "aws", notice)
         while not (saved := stage.checkpoints("spot")):
             assert process.poll() is None and time.monotonic() < began + notice
             time.sleep(0.1)
