@@ -28,5 +28,17 @@ gcp() { # half a minute ahead
 until seconds=$("$cloud"); do
     sleep 5
 done
-ray drain-node --address="$address" --reason=DRAIN_NODE_REASON_PREEMPTION \
+# Ray's command takes the node for its own that it would connect to, which may be another.
+node=$(python - "$address" << 'END'
+import sys
+import psutil
+from ray._raylet import GcsClient
+
+mine = {one.address for card in psutil.net_if_addrs().values() for one in card}
+for node in GcsClient(address=sys.argv[1]).get_all_node_info().values():
+    if node.node_manager_address in mine and node.state == 0:  # alive
+        print(node.node_id.hex())
+END
+)
+ray drain-node --address="$address" --node-id="$node" --reason=DRAIN_NODE_REASON_PREEMPTION \
     --reason-message='spot notice' --deadline-remaining-seconds="$((seconds > 0 ? seconds : 0))"

@@ -168,7 +168,7 @@ def test_a_training_node_is_killed(stage: Stage) -> None:
 
 def test_a_training_node_is_taken_back(stage: Stage) -> None:
     """A spot machine: the notice comes first, and after it the only checkpoint before the end."""
-    notice, steps = 20, 400  # which take longer than the notice
+    notice, steps = 30, 600  # which take longer than the notice
     more = (f"training.steps={steps}", "training.checkpoint_minutes=60")
     with stage.running("leisurely", *more) as (_, pulse):
         pass
