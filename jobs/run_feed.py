@@ -63,8 +63,8 @@ class InOrder(DataConfig):
 
 
 def batches_of_worker(batch: int) -> Iterator[dict[str, Tensor]]:
-    """The share of the feed of the training worker that this is, in batches of so many pairs; the
-    feed starts when the first is asked for."""
+    """The share of the feed of the training worker that this is: batches of so many pairs, the
+    columns of `pipelines.feed.feed` as tensors. The feed starts when the first is asked for."""
     yield from ray.train.get_dataset_shard("train").iter_torch_batches(
         batch_size=batch, prefetch_batches=BATCHES_AHEAD, drop_last=True
     )

@@ -62,6 +62,16 @@ class Stage:
         finally:
             process.kill()
 
+    def finish(self, pairs: Path) -> Pulse:
+        """Run the command again: it does what is missing, to a good end."""
+        there = written(pairs)
+        with Pulse(lambda: written(pairs)) as pulse:
+            again = self.start(pairs)
+            said, _ = again.communicate(timeout=600)
+        assert again.returncode == 0 and "Traceback" not in said, said
+        assert f"{there} shards were there" in said, said
+        return pulse
+
     def conclude(self, pairs: Path, pulse: Pulse, began: float, fault: str, seen: str) -> None:
         """What is in `pairs` is what the calm run made, and becomes the fault's row."""
         expected, found = Counter(keys(self.calm)), Counter(keys(pairs))
@@ -159,12 +169,7 @@ def test_the_driver_is_killed(stage: Stage, tmp_path: Path) -> None:
     process.communicate()
     assert not (pairs / "manifest.json").exists()
     began = time.monotonic()
-    there = written(pairs)
-    with Pulse(lambda: written(pairs)) as pulse:
-        again = stage.start(pairs)
-        said, _ = again.communicate(timeout=600)
-    assert again.returncode == 0 and "Traceback" not in said, said
-    assert f"{there} shards were there" in said, said
+    pulse = stage.finish(pairs)
     fault = "the command of a synthesis is killed and run again"
     seen = "the second run does what is missing"
     stage.conclude(pairs, pulse, began, fault, seen)
@@ -198,12 +203,7 @@ def test_the_head_is_killed(stage: Stage, tmp_path: Path) -> None:
     for name in ("data-1", "data-2"):
         stage.nodes.kill(name)
     stage.bring_up()
-    there = written(pairs)
-    with Pulse(lambda: written(pairs)) as pulse:
-        again = stage.start(pairs)
-        said, _ = again.communicate(timeout=600)
-    assert again.returncode == 0 and "Traceback" not in said, said
-    assert f"{there} shards were there" in said, said
+    pulse = stage.finish(pairs)
     fault = "the head is killed in a synthesis; the command is run again on a new cluster"
     seen = "that the head does not answer, among Ray's lines; exit 1; the second run does the rest"
     stage.conclude(pairs, pulse, began, fault, seen)
