@@ -14,16 +14,21 @@ from tests.ports import free_port
 def test_silence_is_told_twice_and_the_return_once(caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     head = socket.create_server(("127.0.0.1", port))
-    HeadWatch(f"127.0.0.1:{port}", look=0.05, tell_after=(0.2, 0.4)).start()
-    time.sleep(0.5)
+    HeadWatch(f"127.0.0.1:{port}", look=0.2, tell_after=(1.0, 1.5)).start()
+    time.sleep(2)
     assert not caplog.messages
     head.close()
-    time.sleep(1.5)
+    await_messages(caplog, 2)
+    time.sleep(1)
     first, second = caplog.messages
     assert f"127.0.0.1:{port} has not answered" in first and "the same command" in second
     with socket.create_server(("127.0.0.1", port)):
-        deadline = time.monotonic() + 30
-        while len(caplog.messages) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert caplog.messages[-1].endswith("answers again.")
+        await_messages(caplog, 3)
+    assert caplog.messages[2].endswith("answers again.")
+
+
+def await_messages(caplog: pytest.LogCaptureFixture, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(caplog.messages) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
