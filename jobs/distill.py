@@ -158,7 +158,8 @@ def distill(recipe: Recipe, folder: Path, parent: str | None = None) -> Distille
     with quiet_ray_data(), _live_line(folder, recipe), StopRequest(folder) as request:
         try:
             result = request.while_running(trainer.fit)
-        except ray.train.TrainingFailedError as error:
+        # The second comes of Ray Train itself: its controller is killed, or finds no node.
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             _note_end(client, run, "FAILED")
             raise _explain(error, folder) from None
     if result.return_value is not None:
@@ -436,7 +437,7 @@ def _live_line(folder: Path, recipe: Recipe) -> Iterator[None]:
         thread.join()
 
 
-def _explain(error: ray.train.TrainingFailedError, folder: Path) -> TeasrError:
+def _explain(error: Exception, folder: Path) -> TeasrError:
     """The user's error if a worker met one; else a short word and the place of the traceback."""
     failures = getattr(error, "worker_failures", {}) or {}
     for failure in failures.values():

@@ -225,6 +225,23 @@ def test_the_driver_is_killed(stage: Stage) -> None:
     stage.conclude("driver", pulse, began, fault, seen)
 
 
+def test_the_controller_is_killed(stage: Stage) -> None:
+    """Ray Train's own actor, of which Ray starts no other."""
+    process = stage.start("controller")
+    stage.await_steps(process, "controller", 20)
+    (controller,) = stage.nodes.workers("head", "TrainController")
+    began = time.monotonic()
+    controller.kill()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in said, said
+    assert "Training failed" in said and "same command resumes from the last checkpoint" in said
+    with stage.running("controller") as (_, pulse):
+        pass
+    fault = "Ray Train's controller is killed, and the command run again"
+    seen = "“Training failed”, why, exit 1; the second run goes on from the last checkpoint"
+    stage.conclude("controller", pulse, began, fault, seen)
+
+
 def test_a_worker_hangs(stage: Stage) -> None:
     with stage.running("hung", "training.max_silence_minutes=0.25") as (_, pulse):
         victim = random.choice(list(stage.trainers().values()))
