@@ -440,7 +440,7 @@ def _live_line(folder: Path, recipe: Recipe) -> Iterator[None]:
 def _explain(error: Exception, folder: Path) -> TeasrError:
     """The user's error if a worker met one; else a short word and the place of the traceback."""
     failures = getattr(error, "worker_failures", {}) or {}
-    for failure in failures.values():
+    for failure in (error, *failures.values()):
         if isinstance(failure, TeasrError):
             return failure
     log = folder / f"failure-{time.strftime('%Y%m%d-%H%M%S')}.log"

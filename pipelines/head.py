@@ -11,6 +11,9 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
+
+import ray
 
 log = logging.getLogger(__name__)
 
@@ -21,22 +24,28 @@ TELL_AFTER = (10.0, 50.0)
 
 
 class HeadWatch(threading.Thread):
-    """Looks at the head at `address` (host:port) for as long as the process lives.
+    """Looks at the head at `address` (host:port) for as long as this process is connected.
 
     Args:
+        connected: whether it is.
         look: seconds between two looks.
         tell_after: seconds of silence after which it is told, and told again.
     """
 
     def __init__(
-        self, address: str, look: float = LOOK_SECONDS, tell_after: tuple[float, ...] = TELL_AFTER
+        self,
+        address: str,
+        connected: Callable[[], bool] = ray.is_initialized,
+        look: float = LOOK_SECONDS,
+        tell_after: tuple[float, ...] = TELL_AFTER,
     ) -> None:
         super().__init__(name="head watch", daemon=True)
-        self._address, self._look, self._tell_after = address, look, tell_after
+        self._address, self._connected = address, connected
+        self._look, self._tell_after = look, tell_after
 
     def run(self) -> None:
         answered, told = time.monotonic(), 0
-        while True:
+        while self._connected():
             time.sleep(self._look)
             if self._answers():
                 if told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 
 import pytest
@@ -14,7 +15,11 @@ from tests.ports import free_port
 def test_silence_is_told_twice_and_the_return_once(caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     head = socket.create_server(("127.0.0.1", port))
-    HeadWatch(f"127.0.0.1:{port}", look=0.2, tell_after=(1.0, 1.5)).start()
+    left = threading.Event()
+    watch = HeadWatch(
+        f"127.0.0.1:{port}", lambda: not left.is_set(), look=0.2, tell_after=(1.0, 1.5)
+    )
+    watch.start()
     time.sleep(2)
     assert not caplog.messages
     head.close()
@@ -25,6 +30,9 @@ def test_silence_is_told_twice_and_the_return_once(caplog: pytest.LogCaptureFixt
     with socket.create_server(("127.0.0.1", port)):
         await_messages(caplog, 3)
     assert caplog.messages[2].endswith("answers again.")
+    left.set()
+    watch.join(30)
+    assert not watch.is_alive()
 
 
 def await_messages(caplog: pytest.LogCaptureFixture, count: int) -> None:
