@@ -132,6 +132,12 @@ def test_retraining_goes_on_through_a_cut_cable_and_a_lost_terminal(
     assert "nothing new to learn from" in again.read_text()
     assert logs(output) in again.read_text()
 
+    follower, output = start("status", "submit", "status")
+    assert follower.wait(120) == 0, output.read_text()
+    screen = output.read_text()
+    for seen in (", 3 nodes", "retrain own.yaml  succeeded", "kitchen  version 1"):
+        assert seen in screen, screen
+
 
 def _cable(state: str) -> None:
     subprocess.run(["ip", "link", "set", "teasr-try-plug", state], check=True)
